@@ -1,0 +1,1 @@
+"""Post-train a language model from a config."""
