@@ -1,0 +1,52 @@
+"""Measure whole commands: CPU seconds, wall seconds and peak memory of a process and of its children."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one run of a command took."""
+
+    cpu: float  # seconds of the process and its children
+    wall: float  # seconds
+    memory: float  # MB, the largest single process
+    output: str
+
+
+def run(command: list[str], *, cwd: Path | None = None, env: dict[str, str] | None = None, fails: bool = False) -> Cost:
+    """Run a command once and return what it took; one that fails against expectation ends the benchmark."""
+    start = time.perf_counter()
+    with subprocess.Popen(
+        command, cwd=cwd, env={**os.environ, **(env or {})}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if bool(process.returncode) != fails:
+        sys.exit(f"{' '.join(command)} ended with {process.returncode}:\n{output[-3000:]}")
+    wall = time.perf_counter() - start
+    scale = 1024 if sys.platform != "darwin" else 1024**2
+    return Cost(usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss / scale, output)
+
+
+def alternate(commands: dict[str, list[str]], *, runs: int, **options: object) -> dict[str, list[Cost]]:
+    """Run several commands in turn, A B A B ..., after one warm-up each, so that drift hits all alike."""
+    for command in commands.values():
+        run(command, **options)  # type: ignore[arg-type]  # passed through
+    costs: dict[str, list[Cost]] = {name: [] for name in commands}
+    for _ in range(runs):
+        for name, command in commands.items():
+            costs[name].append(run(command, **options))  # type: ignore[arg-type]  # passed through
+    return costs
+
+
+def middle(costs: list[Cost], what: str) -> float:
+    """Return the median of one figure."""
+    return median(getattr(cost, what) for cost in costs)

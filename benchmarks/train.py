@@ -1,0 +1,124 @@
+"""One SFT and one DPO job beside the TRL CLI: `python benchmarks/train.py`.
+
+Same model, rows, order, seed, steps, threads (one) and LoRA; float32; no evaluation. The figures of a step are the
+difference of a long and a short job, so that neither side reports on itself. A comparison whose losses differ in the
+first four digits is void.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import measure
+
+from runner.arithmetic import arithmetic
+from runner.embedded import materialise
+
+LORA = {"r": 16, "alpha": 32}
+THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+JOBS = {"sft": {"batch": 4, "lr": 2e-4}, "dpo": {"batch": 2, "lr": 5e-5}}
+
+
+def write_rows(folder: Path, rows: list[dict], columns: list[str]) -> Path:
+    """Write the rows that both sides read."""
+    folder.mkdir()
+    lines = [json.dumps({key: row[key] for key in columns}) for row in rows]
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def runner_command(job: str, data: Path, out: Path, steps: int) -> list[str]:
+    """Return our command."""
+    return [
+        *(
+            sys.executable,
+            "-m",
+            "runner",
+            f"trainer={job}",
+            "dataset=local",
+            f"dataset.path={data}",
+            "dataset.eval=null",
+        ),
+        *("samples.rows=0", f"output_dir={out}", f"trainer.max_steps={steps}", "trainer.logging_steps=1"),
+        *(f"trainer.per_device_train_batch_size={JOBS[job]['batch']}", f"trainer.learning_rate={JOBS[job]['lr']}"),
+        *("trainer.lr_scheduler_type=constant", "trainer.warmup_steps=0", "trainer.max_length=512"),
+        *(f"peft.r={LORA['r']}", f"peft.lora_alpha={LORA['alpha']}", "trainer.save_strategy=no"),
+    ]
+
+
+def trl_command(job: str, data: Path, out: Path, steps: int, *, checkpointing: bool) -> list[str]:
+    """Return the TRL CLI's command."""
+    return [
+        *(str(Path(sys.executable).with_name("trl")), job, "--model_name_or_path", str(materialise())),
+        *("--dataset_name", str(data), "--output_dir", str(out), "--max_steps", str(steps), "--logging_steps", "1"),
+        *("--per_device_train_batch_size", str(JOBS[job]["batch"]), "--learning_rate", str(JOBS[job]["lr"])),
+        *("--lr_scheduler_type", "constant", "--max_length", "512", "--dtype", "float32", "--use_cpu", "true"),
+        *("--use_peft", "--lora_r", str(LORA["r"]), "--lora_alpha", str(LORA["alpha"]), "--lora_dropout", "0.0"),
+        *("--lora_target_modules", "all-linear", "--bf16", "false", "--seed", "42", "--save_strategy", "no"),
+        *("--gradient_checkpointing", str(checkpointing).lower(), "--eval_strategy", "no", "--report_to", "none"),
+    ]
+
+
+def losses(output: str, out: Path) -> list[float]:
+    """Return the loss of every step: from our metrics, or from what TRL prints."""
+    if (out / "metrics.jsonl").exists():
+        logs = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        return [round(log["loss"], 4) for log in logs if "loss" in log]
+    return [round(float(x), 4) for x in re.findall(r"'loss': '?([\d.eE+-]+)", output)]
+
+
+def main() -> None:
+    """Print one table per job."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5, help="of the long job; the short one has one step")
+    parser.add_argument("--rows", type=int, default=64)
+    arguments = parser.parse_args()
+    rows, _ = arithmetic(train_rows=arguments.rows, eval_rows=10, seed=0)
+    with tempfile.TemporaryDirectory() as scratch:
+        for job, columns in (("sft", ["prompt", "completion"]), ("dpo", ["prompt", "chosen", "rejected"])):
+            data = write_rows(Path(scratch, job), rows, columns)
+            compare(job, data, Path(scratch), arguments.runs, arguments.steps)
+
+
+def compare(job: str, data: Path, scratch: Path, runs: int, steps: int) -> None:
+    """Run both sides in turn and print the table of one job."""
+    sides = ["runner", "trl", "trl, its defaults"]
+    costs: dict[tuple[str, int], list[measure.Cost]] = {(s, n): [] for s in sides for n in (1, steps)}
+    seen: dict[str, list[float]] = {}
+    for turn in range(runs + 1):
+        for side, n in costs:
+            out = scratch / "out"
+            shutil.rmtree(out, ignore_errors=True)
+            command = (
+                runner_command(job, data, out, n)
+                if side == "runner"
+                else trl_command(job, data, out, n, checkpointing=side != "trl")
+            )
+            cost = measure.run(command, env=THREADS, cwd=scratch)
+            seen[side] = losses(cost.output, out)
+            if turn:  # the first turn warms the disk
+                costs[side, n].append(cost)
+    if not seen["runner"] or seen["runner"] != seen["trl"]:
+        sys.exit(f"void: the losses differ\nrunner {seen['runner']}\ntrl    {seen['trl']}")
+    print(f"\n{job}: losses of both sides {seen['runner']}\n")
+    print("| | runner | TRL CLI | ratio | TRL CLI, its defaults | ratio |\n|---|---|---|---|---|---|")
+    whole = {s: measure.middle(costs[s, steps], "cpu") for s in sides}
+    step = {s: (whole[s] - measure.middle(costs[s, 1], "cpu")) / (steps - 1) for s in sides}
+    figures = {
+        f"CPU s in all ({steps} steps)": whole,
+        "CPU s before and after the steps": {s: measure.middle(costs[s, 1], "cpu") - step[s] for s in sides},
+        "CPU s per step": step,
+        "peak memory, MB": {s: measure.middle(costs[s, steps], "memory") for s in sides},
+    }
+    for name, of in figures.items():
+        ours, theirs, stock = (of[side] for side in sides)
+        print(f"| {name} | {ours:.1f} | {theirs:.1f} | {ours / theirs:.2f} | {stock:.1f} | {ours / stock:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""``python -m runner``: compose, check, make the run directory, then run. Exit code 2: something to correct."""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from runner import compose
+from runner.config import find_faults
+from runner.errors import ConfigError, RunStopped
+from runner.redaction import Scrubbing
+
+log = logging.getLogger("runner")
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def task(composed: DictConfig) -> float | None:
+    """Run one job in the directory that Hydra made for it."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    about = HydraConfig.get()
+    run_dir = Path(about.runtime.output_dir)
+    config: Any = OmegaConf.to_container(composed, resolve=True)
+    choices = {k: str(v) for k, v in about.runtime.choices.items() if not k.startswith("hydra/")}
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(Scrubbing())
+    try:
+        if faults := find_faults(config, choices):
+            raise ConfigError("\n".join(faults))
+        write_run(run_dir, config, choices, list(about.overrides.task))
+        return start(run_dir)
+    except (ConfigError, RunStopped) as error:
+        if about.mode == RunMode.MULTIRUN:  # the other jobs go on; Hydra reports the failed ones at the end
+            log.error("job %s: %s", about.job.num, error)
+            raise
+        log.error("%s", error)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+def write_run(run_dir: Path, config: dict[str, Any], choices: dict[str, str], overrides: list[str]) -> None:
+    """Write what a run reads (``config.yaml``) and what it begins with (its manifest)."""
+    from runner import manifest
+
+    config = {**config, "output_dir": str(run_dir)}
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(manifest.scrub(config))), "utf-8")
+    manifest.create(run_dir, argv=["python", "-m", "runner", *sys.argv[1:]], choices=choices, overrides=overrides)
+
+
+def start(run_dir: Path) -> float | None:
+    """Run one directory in this process, without the libraries' bars and deprecations between our lines."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    import datasets
+    import transformers
+
+    from runner.run import run
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+
+    metrics = run(run_dir)
+    return metrics.get("eval_loss")
+
+
+def main() -> None:
+    """Read the command line, refuse what cannot work, and hand the rest to Hydra."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # no network call that nobody asked for
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # of a model's .bin files, on the hub
+    if any(argument.startswith(("-sc", "--shell", "--hydra-help", "--version")) for argument in sys.argv[1:]):
+        task()
+        return
+    try:
+        sys.argv[1:] = prepare(sys.argv[1:])
+    except ConfigError as error:
+        sys.stderr.write(f"runner: {error}\n")
+        sys.exit(2)
+    task()
+
+
+def prepare(argv: list[str]) -> list[str]:
+    """Check a command line and return it as Hydra should see it.
+
+    Raises:
+        ConfigError: All faults found.
+    """
+    arguments = compose.parse_arguments(argv)
+    where = {"config_dir": arguments.config_dir, "config_name": arguments.config_name or "config"}
+    options = [text for text in argv if text not in arguments.overrides]
+    overrides = compose.rewrite_overrides(arguments.overrides)
+    only_shown = arguments.help or arguments.cfg or arguments.info
+    for cell in compose.expand_sweep(arguments.overrides) if arguments.multirun else [arguments.overrides]:
+        checked = compose.compose(cell, **where)
+    if not only_shown and not arguments.multirun:
+        run_dir = str(compose.claim(checked.run_dir)).replace("'", r"\'")
+        overrides.append(f"hydra.run.dir='{run_dir}'")
+    return options + overrides
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""From what a person typed to a checked config: Hydra composes, this module makes its answers kind."""
+
+import difflib
+import itertools
+import re
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runner.config import CONF, find_faults, group_names
+from runner.errors import ConfigError
+from runner.safety import find_dangers
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A checked config and how it came about."""
+
+    config: dict[str, Any]  # resolved, without Hydra's own node
+    choices: dict[str, str]  # group -> option
+    run_dir: Path  # where Hydra would put the run; not made yet
+    typed: set[str] = field(default_factory=set)  # paths of the keys that the person typed
+
+
+def parse_arguments(argv: list[str]) -> Namespace:
+    """Read the command line with Hydra's own parser; overrides may stand on both sides of an option."""
+    from hydra._internal.utils import get_args_parser
+
+    arguments, rest = get_args_parser().parse_known_args(argv)
+    wrong = [text for text in rest if text.startswith("-") or "=" not in text]
+    if wrong:
+        raise ConfigError(f"Cannot read {' '.join(wrong)}: keys are written key=value; options are listed by --help.")
+    arguments.overrides += rest
+    return arguments
+
+
+def rewrite_overrides(overrides: list[str]) -> list[str]:
+    """Let any existing field be set without ``+``: ``trainer.warmup_steps=10`` becomes ``++trainer.warmup_steps=10``.
+
+    Whether the field exists is checked on the composed config, where recipes are checked too.
+
+    Raises:
+        ConfigError: An override cannot be parsed, or chooses an option that does not exist.
+    """
+    from hydra.core.override_parser.types import OverrideType
+
+    overrides = [_quoted(text) for text in overrides]
+    rewritten = []
+    for text, parsed in zip(overrides, _parse(overrides), strict=True):
+        plain = parsed.type == OverrideType.CHANGE and parsed.package is None
+        is_group = parsed.key_or_group in group_names() or "/" in parsed.key_or_group
+        inside_hydra = parsed.key_or_group.startswith("hydra.") and "env_set" not in parsed.key_or_group
+        rewritten.append("++" + text if plain and not is_group and not inside_hydra else text)
+    return rewritten
+
+
+def compose(overrides: list[str], *, config_dir: str | None = None, config_name: str = "config") -> Composed:
+    """Compose and check one config; nothing is imported that it names, and nothing is written.
+
+    Args:
+        overrides: As typed, without sweeps.
+        config_dir: A folder of the person's own options and recipes (``--config-dir``).
+        config_name: The primary config (``--config-name``).
+
+    Raises:
+        ConfigError: All faults of the config, at once.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    arguments = rewrite_overrides(overrides)
+    if config_dir:
+        arguments.append(f"hydra.searchpath=[file://{Path(config_dir).resolve()}]")
+    with initialize_config_dir(str(CONF), version_base="1.3", job_name="runner"):
+        composed = _translated(lambda: hydra_compose(config_name, arguments, return_hydra_config=True))
+        raw: Any = OmegaConf.to_container(composed, resolve=False)
+        typed = {str(parsed.key_or_group) for parsed in _parse(arguments)}
+        if dangers := find_dangers(raw, typed):
+            raise ConfigError(_listed(dangers))
+        HydraConfig.instance().set_config(composed)
+        choices = {k: str(v) for k, v in composed.hydra.runtime.choices.items() if not k.startswith("hydra/")}
+        run_dir = Path(_translated(lambda: composed.hydra.run.dir))
+        config = _translated(lambda: _resolved(composed))
+        if faults := find_faults(config, choices):
+            raise ConfigError(_listed(faults))
+    return Composed(config, choices, run_dir, typed)
+
+
+def expand_sweep(overrides: list[str]) -> list[list[str]]:
+    """Return override lists in which each swept value occurs once, the other swept keys at their first value.
+
+    These few stand for the whole product when a sweep is checked before its first job.
+    """
+    overrides = [_quoted(text) for text in overrides]
+    parsed = _parse(overrides)
+    fixed = [text for text, item in zip(overrides, parsed, strict=True) if not item.is_sweep_override()]
+    axes = []
+    for item in parsed:
+        if item.is_sweep_override():
+            key = item.get_key_element()
+            axes.append([f"{key}={value}" for value in item.sweep_string_iterator()])
+    first = [axis[0] for axis in axes]
+    cells = [fixed + first]
+    for position, axis in enumerate(axes):
+        cells += [[*fixed, *first[:position], value, *first[position + 1 :]] for value in axis[1:]]
+    return cells
+
+
+def claim(run_dir: Path) -> Path:
+    """Make a new directory for a run; a name that is taken gets a number, so nothing is ever overwritten."""
+    for number in itertools.count(1):
+        candidate = run_dir if number == 1 else run_dir.with_name(f"{run_dir.name}_{number}")
+        try:
+            candidate.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return candidate
+    raise AssertionError("unreachable")
+
+
+def _quoted(text: str) -> str:
+    """Quote a value that Hydra's grammar has no word for: a slice such as ``train[:500]``, or a path in Chinese."""
+    key, equals, value = text.partition("=")
+    odd = re.fullmatch(r"\w+\[[^\[\],]*\](\+\w+(\[[^\[\],]*\])?)*", value) or not value.isascii()
+    return f'{key}="{value}"' if equals and odd and not value.startswith(("'", '"')) else text
+
+
+def _parse(overrides: list[str]) -> list[Any]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parsed, faults = [], []
+    for text in overrides:
+        try:
+            parsed += OverridesParser.create().parse_overrides([text])
+        except HydraException as error:
+            faults.append(
+                f"Cannot read {text!r}: {str(error).splitlines()[0]}. Write key=value; quote lists and spaces."
+            )
+    if faults:
+        raise ConfigError(_listed(faults))
+    return parsed
+
+
+def _resolved(composed: Any) -> dict[str, Any]:
+    from omegaconf import OmegaConf, open_dict
+
+    with open_dict(composed):
+        del composed["hydra"]
+    resolved: Any = OmegaConf.to_container(composed, resolve=True)
+    return resolved
+
+
+def _translated(action: Any) -> Any:
+    """Run a step of Hydra's; what it raises comes back as one kind message."""
+    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        return action()
+    except MissingConfigException as error:
+        raise ConfigError(
+            _missing_option(error.missing_cfg_file or "", list(error.options or []), str(error))
+        ) from error
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{mark.name}, line {mark.line + 1}" if mark else "a config file"
+        raise ConfigError(f"{where} is not valid YAML: {getattr(error, 'problem', error)}.") from error
+    except (ConfigCompositionException, HydraException, OmegaConfBaseException) as error:
+        if unknown := re.search(
+            r"Key '(\w+)' (?:is )?not in (?:struct|'\w+')\s+full_key: (\S+)", f"{error}\n{error.__cause__}"
+        ):
+            raise ConfigError(_unknown_hydra_key(unknown[2])) from error
+        lines = [line for line in f"{error}\n{error.__cause__ or ''}".splitlines() if line and "use +" not in line]
+        raise ConfigError("The config cannot be composed: " + " ".join(lines[:3])) from error
+
+
+def _missing_option(name: str, options: list[str], message: str) -> str:
+    group, _, option = name.rpartition("/")
+    options = [o for o in options if not o.startswith("_")]
+    if not options:
+        return message.splitlines()[0]
+    near = difflib.get_close_matches(option, options, 1, 0.4)
+    hint = f"did you mean {group}={near[0]}? " if near else ""
+    return f"{group}={option} does not exist: {hint}{group} can be {', '.join(sorted(options))}."
+
+
+def _unknown_hydra_key(path: str) -> str:
+    """Say that a key of Hydra's own does not exist, with the nearest that does."""
+    from hydra.conf import HydraConf
+    from omegaconf import OmegaConf
+
+    parent, _, name = path.rpartition(".")
+    node = OmegaConf.select(OmegaConf.create({"hydra": OmegaConf.structured(HydraConf)}), parent)
+    names = [str(key) for key in node] if node is not None else []
+    near = difflib.get_close_matches(name, names, 1, 0.5)
+    hint = f"did you mean {parent}.{near[0]} (group hydra)?" if near else f"{parent} has {sorted(names)}."
+    return f"{path} does not exist in Hydra's own config: {hint}"
+
+
+def _listed(faults: list[str]) -> str:
+    unique = list(dict.fromkeys(faults))
+    return unique[0] if len(unique) == 1 else f"{len(unique)} faults:\n" + "\n".join(f"  - {f}" for f in unique)

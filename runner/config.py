@@ -1,0 +1,275 @@
+"""A composed config: every key and type checked, all faults at once; and the only call to ``instantiate``."""
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from runner import formats, schema, views
+from runner.errors import ConfigError
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+# The groups whose option is an upstream dataclass, and the base class that makes a class one of them.
+UPSTREAM = {"trainer": "TrainingArguments", "peft": "PeftConfig", "quantization": "QuantizationConfigMixin"}
+TARGET = re.compile(r"(trl|peft|transformers|runner)(\.[a-z_0-9]+)*\.[A-Z]\w*Config")
+
+# Fields that the runner itself fills: setting them would be without effect or break the run directory.
+OWNED = {
+    "trainer.output_dir": "output_dir=... at the top level",
+    "trainer.model_init_kwargs": "the keys of the model group, for example model.dtype=bfloat16",
+    "trainer.trust_remote_code": "model.trust_remote_code=true",
+    "trainer.chat_template_path": "model.chat_template=...",
+    "trainer.pad_token": "model.pad_token=...",
+    "trainer.reward_weights": "reward.terms.<name>.weight=...",
+    "trainer.hub_token": "the environment variable HF_TOKEN: a config is written to disk",
+    "peft.task_type": "nothing: it follows from the trainer",
+    "peft.base_model_name_or_path": "model.name_or_path=...",
+}
+# Names that upstream or other tools use, and where the key lives now.
+RENAMED = {
+    "evaluation_strategy": "trainer.eval_strategy",
+    "max_seq_length": "trainer.max_length",
+    "max_new_tokens": "trainer.max_completion_length",
+    "response_length": "trainer.max_completion_length",
+    "warmup_ratio": "trainer.warmup_steps (a value below 1 is a ratio of all steps)",
+    "group_by_length": "trainer.train_sampling_strategy=group_by_length",
+    "no_cuda": "trainer.use_cpu",
+    "per_gpu_train_batch_size": "trainer.per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "trainer.per_device_eval_batch_size",
+    "logging_dir": "the environment variable TENSORBOARD_LOGGING_DIR",
+    "overwrite_output_dir": "nothing: a run directory is never overwritten",
+    "push_to_hub_model_id": "trainer.hub_model_id",
+    "torch_dtype": "model.dtype",
+    "model_name_or_path": "model.name_or_path",
+    "dataset_name": "dataset.path",
+    "load_in_4bit": "quantization=nf4",
+    "load_in_8bit": "quantization=int8",
+    "lora_r": "peft.r",
+    "lora_target_modules": "peft.target_modules",
+    "use_peft": "peft=lora",
+    "max_prompt_length": "dataset.too_long (what to do with rows over trainer.max_length)",
+}
+
+
+def find_faults(config: dict[str, Any], choices: dict[str, str]) -> list[str]:
+    """Return every unknown key, wrong type and missing value of a resolved config, one sentence each.
+
+    Args:
+        config: The resolved config, without Hydra's own node.
+        choices: The chosen option of each group, for the messages.
+    """
+    faults: list[str] = []
+    own = schema.own_fields(schema.Root)
+    groups = {"model", "dataset", "reward", "samples", *UPSTREAM}
+    known = {f"{key}": field for key, field in own.items()}
+    for group in sorted(groups):
+        node = config.get(group)
+        if not isinstance(node, dict):
+            faults.append(f"{group} must be a group of keys, found {node!r}. Choose one: {group}=...")
+            continue
+        try:
+            known |= {f"{group}.{key}": field for key, field in _group_fields(group, node).items()}
+        except ConfigError as error:
+            faults.append(str(error))
+    for path, value in _leaves(config, groups, known):
+        if path in OWNED and value is not None:
+            faults.append(f"{path} is set by the runner. Use {OWNED[path]}.")
+        elif path in known:
+            faults += _value_faults(path, value, known[path])
+        elif (group := path.split(".")[0]) in UPSTREAM and "_target_" not in (config.get(group) or {}):
+            faults.append(f"{path} has no effect with {group}=none. Choose {_options(group)}.")
+        else:
+            faults.append(_unknown(path, known, config, choices))
+    return faults or _conflicts(config, choices)
+
+
+def _conflicts(config: dict[str, Any], choices: dict[str, str]) -> list[str]:
+    """Return the choices that exclude each other, as far as they can be known before anything is read."""
+    found = []
+    if config["quantization"] and not config["peft"]:
+        found.append(
+            f"quantization={choices.get('quantization', '?')} cannot train without an adapter: quantized weights "
+            f"stay frozen, found peft=none. Choose {_options('peft')}, or quantization=none."
+        )
+    dataset = config["dataset"]
+    if not any(dataset.get(key) for key in ("path", "generator", "sources")):
+        found.append(f"dataset.path must be given with dataset={choices.get('dataset', '?')}: type dataset.path=...")
+    name = trainer_name(config["trainer"]["_target_"])
+    if dataset.get("format", "auto") != "auto" and not dataset.get("generator"):
+        try:
+            columns = formats.produces(dataset["format"])
+            views.refuse_unreadable(
+                views.row_kind(name), columns, dataset=choices.get("dataset", "?"), trainer=choices.get("trainer", name)
+            )
+        except ConfigError as error:
+            found.append(str(error))
+    return found
+
+
+def build(node: dict[str, Any], **fields: Any) -> Any:
+    """Make the object that an upstream config node names; the node's values give way to ``fields``.
+
+    Raises:
+        ConfigError: The class is not one that a config may name, or it refuses its values.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    target = str(node.get("_target_"))
+    if not TARGET.fullmatch(target):
+        raise ConfigError(f"_target_={target!r} is not a config class of trl, peft, transformers or runner.")
+    try:
+        return instantiate({**node, **fields}, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        raise ConfigError(f"{target.rsplit('.', 1)[-1]} refuses its values: {cause}") from error
+
+
+def given(function: Callable[..., Any], node: dict[str, Any]) -> dict[str, Any]:
+    """Return those keys of a node that a function takes."""
+    return {key: node[key] for key in inspect.signature(function).parameters if key in node}
+
+
+def trainer_name(target: str) -> str:
+    """Return a trainer's short name: ``trl.DPOConfig`` gives ``dpo``."""
+    return target.rsplit(".", 1)[-1].removesuffix("Config").lower()
+
+
+def _group_fields(group: str, node: dict[str, Any]) -> dict[str, schema.Field]:
+    """Return the fields that a group's node may have, nested nodes of our own groups included."""
+    if group in UPSTREAM:
+        return _upstream_fields(group, node)
+    if group == "model":
+        return schema.own_fields(schema.Model)
+    if group == "samples":
+        return schema.own_fields(schema.Samples)
+    known = schema.own_fields(schema.Dataset if group == "dataset" else schema.Reward)
+    nested, function, module = (
+        ("sources", "generator", "arithmetic") if group == "dataset" else ("terms", "function", "rewards")
+    )
+    name = node.get(function)
+    if isinstance(name, str) and "." not in name:
+        known |= schema.keyword_fields(module, name)
+    elif isinstance(name, str):  # a person's own function: its keywords are checked when it is called
+        known |= {key: schema.Field(Any, "any value", name) for key in node if key not in known}
+    if group == "reward" and isinstance(node.get("model"), dict):
+        known |= {f"model.{key}": field for key, field in schema.own_fields(schema.Model).items()}
+    for name, child in (node.get(nested) or {}).items():
+        if isinstance(child, dict):
+            known |= {f"{nested}.{name}.{key}": field for key, field in _group_fields(group, child).items()}
+    return known
+
+
+def _upstream_fields(group: str, node: dict[str, Any]) -> dict[str, schema.Field]:
+    target = node.get("_target_")
+    if target is None:
+        if group == "trainer":
+            raise ConfigError(
+                "trainer has no _target_: name a config class such as trl.SFTConfig, or choose trainer=sft."
+            )
+        return {}
+    if not isinstance(target, str) or not TARGET.fullmatch(target):
+        raise ConfigError(
+            f"{group}._target_={target!r} is refused: only config classes of trl, peft, transformers or runner."
+        )
+    if UPSTREAM[group] not in schema.bases_of(target):
+        raise ConfigError(f"{group}._target_={target} is refused: it is not a {UPSTREAM[group]}.")
+    return schema.upstream_fields(target)
+
+
+def _leaves(config: dict[str, Any], groups: set[str], known: dict[str, schema.Field]) -> list[tuple[str, Any]]:
+    """List (path, value) of everything that is a key of ours or upstream's; a known key's value is one leaf."""
+    found: list[tuple[str, Any]] = []
+
+    def walk(path: str, node: Any) -> None:
+        inside = [key for key in known if key.startswith(path + ".")]
+        if isinstance(node, dict) and (path in groups or inside):
+            for key, value in node.items():
+                if key != "_target_":
+                    walk(f"{path}.{key}", value)
+        else:
+            found.append((path, node))
+
+    for key, value in config.items():
+        walk(str(key), value)
+    required = {path.rsplit(".", 1)[0] for path, _ in found}
+    present = {path for path, _ in found}
+    for path, field in known.items():
+        if field.required and path not in present and path.rsplit(".", 1)[0] in required:
+            found.append((path, "???"))
+    return found
+
+
+def _value_faults(path: str, value: Any, field: schema.Field) -> list[str]:
+    """Check one value against its field's type; upstream's ``float`` also takes a whole number."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    if value == "???":
+        return [f"{path} must be given ({field.text}): type {path}=..."]
+    strict = "tuple" not in field.text and "set[" not in field.text
+    try:
+        TypeAdapter(field.type, config=ConfigDict(strict=strict, arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError:
+        hint = f"""; quote it: {path}="'{value}'" """.rstrip() if "str" in field.text and isinstance(value, int) else ""
+        return [f"{path} takes {field.text}, found {value!r} ({type(value).__name__}){hint}."]
+    return []
+
+
+def _unknown(path: str, known: dict[str, schema.Field], config: dict[str, Any], choices: dict[str, str]) -> str:
+    """Say that a key does not exist, with the nearest path that does and the group it lives in."""
+    group, _, _ = path.partition(".")
+    name = path.rsplit(".", 1)[-1]
+    target = (config.get(group) or {}).get("_target_") if isinstance(config.get(group), dict) else None
+    where = f"{target} ({group}={choices.get(group, '?')})" if target else (f"group {group}" if "." in path else "")
+    text = f"{path} does not exist" + (f" in {where}" if where else "")
+    if name in RENAMED:
+        return f"{text}: use {RENAMED[name]}."
+    if others := _other_options(group, name, choices):
+        return f"{text}: {', '.join(f'{group}={o}' for o in others)} would have it."
+    if same := [key for key in known if key.rsplit(".", 1)[-1] == name]:
+        return f"{text}: did you mean {same[0]} (group {same[0].partition('.')[0]})?"
+    if "." not in path and (near := difflib.get_close_matches(name, [*group_names(), *known], 1, 0.6)):
+        return f"{text}: did you mean {near[0]}=...?"
+    parent = path.rpartition(".")[0]
+    siblings = [key for key in known if key.rpartition(".")[0] == parent]
+    near = difflib.get_close_matches(path, siblings, 1, 0.6)
+    if not near:
+        by_name = {key.rsplit(".", 1)[-1]: key for key in reversed(list(known))}
+        near = [by_name[n] for n in difflib.get_close_matches(name, list(by_name), 1, 0.6)]
+    if near:
+        return f"{text}: did you mean {near[0]} (group {near[0].partition('.')[0]})?"
+    allowed = sorted(key.rsplit(".", 1)[-1] for key in siblings)
+    return f"{text}, and nothing has a similar name." + (f" It has {allowed}." if 0 < len(allowed) < 30 else "")
+
+
+@cache
+def group_names() -> list[str]:
+    """List the config groups."""
+    return sorted(p.name for p in CONF.iterdir() if p.is_dir())
+
+
+def option_names(group: str) -> list[str]:
+    """List a group's options, without those that only serve others (``_base``)."""
+    return sorted(p.stem for p in (CONF / group).glob("*.yaml") if not p.stem.startswith("_"))
+
+
+def _options(group: str) -> str:
+    return " or ".join(f"{group}={o}" for o in option_names(group) if o != "none")
+
+
+def _other_options(group: str, name: str, choices: dict[str, str]) -> list[str]:
+    """List the options of an upstream group, other than the chosen one, whose class has a field of that name."""
+    found = []
+    for option in option_names(group) if group in UPSTREAM else []:
+        target = re.search(r"^_target_: (\S+)", (CONF / group / f"{option}.yaml").read_text("utf-8"), re.MULTILINE)
+        if option != choices.get(group) and target:
+            try:
+                if name in schema.upstream_fields(target[1]):
+                    found.append(option)
+            except ConfigError:  # an option that the installed library lacks cannot be a suggestion
+                continue
+    return found

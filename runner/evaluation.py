@@ -1,0 +1,301 @@
+"""Greedy answers to held-out prompts at every evaluation: samples.jsonl, and a mean of every score."""
+
+import contextlib
+import json
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from transformers import GenerationConfig, TrainerCallback
+
+from runner.errors import ConfigError
+
+Row = dict[str, Any]
+
+logger = logging.getLogger(__name__)
+
+
+def held_out(rows: Iterable[Mapping[str, Any]], count: int) -> list[Row]:
+    """Return the first ``count`` rows that hold a prompt, each with ``prompt`` and ``reference`` and its columns.
+
+    The reference is a right answer as text: the completion, the chosen answer, the last assistant turn or the
+    column ``answer``; None where the row has none. Rows of plain ``text`` hold no prompt: none of them is returned.
+    """
+    found: list[Row] = []
+    for row in rows:
+        if len(found) == count:
+            break
+        split = _split(dict(row))
+        if split is not None:
+            found.append(split)
+    return found
+
+
+class Samples(TrainerCallback):
+    """Answer held-out prompts greedily at every evaluation, score the answers, and write both.
+
+    Means go into the evaluation's metrics as ``eval_<score>``, so that they can choose the best checkpoint, and to
+    ``log``. Nothing of the training changes: neither its random numbers nor the model's mode. Models that are
+    sharded over processes are not sampled.
+
+    Args:
+        run_dir: Gets a line in samples.jsonl for every prompt and evaluation.
+        rows: What ``held_out`` returns; columns beyond ``prompt`` and ``reference`` go to the scores.
+        tokenizer: With a chat template, where prompts are messages.
+        scores: Functions as reward functions are: ``function(completions=..., prompts=..., **columns)``.
+        max_new_tokens: Most tokens of an answer.
+        batch_size: Prompts that are answered at a time.
+        log: Gets the means, for example ``trainer.log``.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        rows: Sequence[Row],
+        tokenizer: Any,
+        scores: Mapping[str, Callable[..., Sequence[float | None]]],
+        *,
+        max_new_tokens: int = 128,
+        batch_size: int = 16,
+        log: Callable[[dict[str, float]], None] | None = None,
+    ) -> None:
+        self.path = Path(run_dir) / "samples.jsonl"
+        self.rows, self.tokenizer, self.scores = list(rows), tokenizer, dict(scores)
+        self.max_new_tokens, self.batch_size, self.log = max_new_tokens, batch_size, log
+        self.told: set[str] = set()
+
+    def on_evaluate(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Sample on the first rank and give the means to all."""
+        if _is_sharded(model):
+            self._tell("held-out prompts are not answered: the model is sharded over several processes")
+            return
+        means: dict[str, float] = {}
+        if state.is_world_process_zero:
+            half = torch.bfloat16 if args.bf16 else torch.float16
+            with torch.autocast(model.device.type, dtype=half, enabled=bool(args.bf16 or args.fp16)):
+                means = self.measure(model, step=state.global_step, template=_template_options(args))
+        means = _from_first_rank(means)
+        if metrics is not None:
+            metrics.update(means)
+        if self.log is not None and means:
+            self.log(dict(means))
+
+    def measure(self, model: Any, *, step: int, template: Mapping[str, Any] | None = None) -> dict[str, float]:
+        """Answer all prompts, write samples.jsonl and return the mean of every score as ``eval_<score>``."""
+        start = time.monotonic()
+        prompts = [encode_prompt(self.tokenizer, row, template or {}) for row in self.rows]
+        limit = _context(model) - self.max_new_tokens
+        fit = [i for i, ids in enumerate(prompts) if 0 < len(ids) <= limit]
+        if len(fit) < len(prompts):
+            self._tell(
+                f"{len(prompts) - len(fit)} of {len(prompts)} held-out prompts are not answered: they leave no room "
+                f"for {self.max_new_tokens} new tokens in the model's context of {_context(model)}"
+            )
+        if not fit:
+            return {}
+        rows = [self.rows[i] for i in fit]
+        ids = [prompts[i] for i in fit]
+        sizes = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
+        with untouched_random_state():  # a score may draw, and so may a model's own code
+            answers = generate(model, self.tokenizer, ids, **sizes)
+            scored = {name: _score(name, function, rows, answers) for name, function in self.scores.items()}
+        self._write(step, rows, answers, scored)
+        logger.info("answered %d held-out prompts in %.1f s", len(rows), time.monotonic() - start)
+        return {f"eval_{name}": mean for name, values in scored.items() if (mean := _mean(values)) is not None}
+
+    def _write(self, step: int, rows: list[Row], answers: list[str], scored: dict[str, list[float | None]]) -> None:
+        lines = [
+            {
+                "step": step,
+                "index": index,
+                "prompt": row["prompt"],
+                "completion": answer,
+                "reference": row.get("reference"),
+                "scores": {name: values[index] for name, values in scored.items()},
+            }
+            for index, (row, answer) in enumerate(zip(rows, answers, strict=True))
+        ]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines))
+
+    def _tell(self, message: str) -> None:
+        if message not in self.told:
+            self.told.add(message)
+            logger.warning("%s", message)
+
+
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int
+) -> list[str]:
+    """Return the greedy continuation of every prompt as text, without special tokens.
+
+    Only the model decides: the settings of its generation config (temperature, penalties) do not take part.
+    Batches hold prompts of like length, padded on the left. The model's mode stays as it was.
+    """
+    stops = _stop_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stops or None,
+        pad_token_id=pad,
+        use_cache=True,
+        # Neutral values, spelt out: what is left open is filled from the model's own generation config.
+        **{"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50},
+        **{"repetition_penalty": 1.0, "no_repeat_ngram_size": 0},
+    )
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = [""] * len(prompts)
+    with _evaluating(model), torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            width = max(len(prompts[i]) for i in batch)
+            ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in batch])
+            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+            tokens = model.generate(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+            )
+            for i, row in zip(batch, tokens[:, width:].tolist(), strict=True):
+                end = next((at for at, token in enumerate(row) if token in stops), len(row))
+                answers[i] = tokenizer.decode(row[:end], skip_special_tokens=True)
+    return answers
+
+
+def encode_prompt(tokenizer: Any, row: Mapping[str, Any], template: Mapping[str, Any]) -> list[int]:
+    """Return the token ids of a row's prompt, as TRL's trainers make them."""
+    if isinstance(row["prompt"], str):
+        return list(tokenizer(text=row["prompt"])["input_ids"])
+    tools = row.get("tools")
+    encoded = tokenizer.apply_chat_template(
+        row["prompt"],
+        tools=(json.loads(tools) if isinstance(tools, str) else tools) or None,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        **template,
+    )
+    return list(encoded["input_ids"])
+
+
+@contextlib.contextmanager
+def untouched_random_state() -> Iterator[None]:
+    """Give the random generators of torch, numpy and Python back as they were."""
+    python, arrays = random.getstate(), numpy.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(arrays)
+
+
+# ---- rows -------------------------------------------------------------------------------------------------
+
+
+def _split(row: Row) -> Row | None:
+    """Return a canonical row with its prompt and reference; None where it has no prompt."""
+    if "chosen" in row and "rejected" in row:
+        from trl import maybe_extract_prompt
+
+        row |= maybe_extract_prompt(row)
+    prompt, reference = row.get("prompt"), None
+    if prompt:
+        right = row.get("completion") if row.get("label", True) else None
+        reference = _text(right or row.get("chosen") or row.get("answer"))
+    elif messages := row.get("messages"):
+        answered = messages[-1]["role"] == "assistant"
+        prompt = messages[:-1] if answered else messages
+        reference = _text(messages[-1:]) if answered else None
+    return {**row, "prompt": prompt, "reference": reference} if prompt else None
+
+
+def _text(answer: Any) -> str | None:
+    if isinstance(answer, list):  # messages
+        return str(answer[-1].get("content") or "") if answer else None
+    return None if answer is None else str(answer)
+
+
+def _score(
+    name: str, function: Callable[..., Sequence[float | None]], rows: list[Row], answers: list[str]
+) -> list[float | None]:
+    """Return one score per answer; None for what is no finite number."""
+    columns = {key for row in rows for key in row} - {"prompt", "completion", "prompts", "completions"}
+    completions = [
+        answer if isinstance(row["prompt"], str) else [{"role": "assistant", "content": answer}]
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    values = function(
+        prompts=[row["prompt"] for row in rows],
+        completions=completions,
+        **{column: [row.get(column) for row in rows] for column in columns},
+    )
+    if len(values) != len(rows):
+        raise ConfigError(
+            f"the score {name} cannot be used: it returned {len(values)} values for {len(rows)} completions. "
+            "Return a list with one number (or null) for each completion."
+        )
+    return [float(v) if v is not None and math.isfinite(v) else None for v in values]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+# ---- the model --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Switch dropout and gradient checkpointing (which would forbid the cache) off, then all modules back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Return the ids that end an answer: the tokenizer's and those of the model, which may be several."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = own if isinstance(own, list) else [own]
+    return list(dict.fromkeys(i for i in [tokenizer.eos_token_id, *listed] if i is not None))
+
+
+def _context(model: Any) -> int:
+    """Return how many tokens the model can hold; beyond counting where its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 40
+
+
+def _template_options(args: Any) -> dict[str, Any]:
+    return dict(getattr(args, "chat_template_kwargs", None) or {})
+
+
+def _is_sharded(model: Any) -> bool:
+    """Whether a process holds only a part of the weights, so that one process alone would wait for ever."""
+    parts = any(hasattr(p, "ds_id") or hasattr(p, "to_local") for p in model.parameters())
+    return parts or any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
+
+
+def _from_first_rank(means: dict[str, float]) -> dict[str, float]:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return means
+    box = [means]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,245 @@
+"""manifest.json of a run directory: what ran, with what, and how it ended."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from runner.errors import ConfigError, RunStopped
+from runner.redaction import scrub
+
+SCHEMA = 1
+FILE = "manifest.json"
+DIFF_LIMIT = 256 * 1024  # bytes of the dirty diff that are kept
+CHANGED_LIMIT = 200  # files that are named as changed
+GIT_SECONDS = 20  # before git is given up
+TRACEBACK_LIMIT = 32 * 1024  # characters of a traceback, its end
+LIBRARIES = [
+    *("runner", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "tokenizers"),
+    *("safetensors", "huggingface_hub", "hydra-core", "omegaconf", "pydantic", "numpy"),
+]
+SIGNAL_EXITS = {128 + 2: "SIGINT", 128 + 15: "SIGTERM"}  # the exit codes that signal handlers leave with
+
+logger = logging.getLogger(__name__)
+
+
+def create(run_dir: str | Path, *, argv: Sequence[str] | None = None, **fields: Any) -> dict[str, Any]:
+    """Write the first manifest of a run directory, with status ``created``, and return it.
+
+    Args:
+        run_dir: An existing directory; the digest of its ``config.yaml`` is recorded where there is one.
+        argv: What was typed; ``sys.argv`` where absent.
+        fields: Anything else that is known before the run, for example ``choices`` or ``seed``.
+    """
+    config = Path(run_dir) / "config.yaml"
+    manifest = {
+        "schema": SCHEMA,
+        "status": "created",
+        "timeline": [{"status": "created", "time": _now()}],
+        "argv": list(sys.argv if argv is None else argv),
+        "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else None,
+        "git": _git(),
+        "versions": _versions(),
+        "platform": _platform(),
+        **fields,
+    }
+    return _write(run_dir, manifest)
+
+
+def read(run_dir: str | Path) -> dict[str, Any]:
+    """Return the manifest of a run directory.
+
+    Raises:
+        ConfigError: The directory has no manifest, or one that cannot be read.
+    """
+    path = Path(run_dir) / FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{run_dir} cannot be read as a run directory: it has no {FILE}. "
+            "A run directory is what a run prints at its end, for example outputs/<date>/<time>_<names>."
+        ) from None
+    except ValueError as fault:
+        raise ConfigError(f"{path} cannot be read: {fault}. Restore it, or run again.") from None
+
+
+def update(run_dir: str | Path, **fields: Any) -> dict[str, Any]:
+    """Merge ``fields`` into the manifest, dictionaries key by key, and return it.
+
+    A new ``status`` joins the timeline.
+    """
+    manifest = read(run_dir)
+    if "status" in fields and fields["status"] != manifest.get("status"):
+        event = {"status": fields["status"], "time": _now()}
+        manifest["timeline"] = [*manifest.get("timeline", []), event]
+    return _write(run_dir, _merge(manifest, fields))
+
+
+@contextlib.contextmanager
+def recording(run_dir: str | Path) -> Iterator[None]:
+    """Keep the status of a run true: ``running`` inside, then ``completed``, ``failed`` or ``preempted``.
+
+    Whatever ends the run is written with its cause and traceback and raised again.
+    """
+    update(run_dir, status="running", process=os.getpid(), cause=None, traceback=None)
+    try:
+        yield
+    except BaseException as fault:
+        try:
+            update(run_dir, **_ending(fault), peak_memory=_peak_memory())
+        except (OSError, ConfigError):  # a full disk must not hide why the run ended
+            logger.exception("%s could not be updated", Path(run_dir) / FILE)
+        raise
+    update(run_dir, status="completed", peak_memory=_peak_memory())
+
+
+# ---- writing ----------------------------------------------------------------------------------------------
+
+
+def _write(run_dir: str | Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Write atomically: a reader, and a machine that loses power, see the old file or the new one."""
+    manifest = scrub(_plain(manifest))
+    text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
+    descriptor, name = tempfile.mkstemp(dir=run_dir, prefix=f".{FILE}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # mkstemp makes files that nobody else may read
+        temporary.replace(Path(run_dir) / FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return manifest
+
+
+def _plain(value: Any) -> Any:
+    """Turn a tree into what JSON can hold; NaN and infinities become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted((_plain(item) for item in value), key=str)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")  # lone surrogates of odd file names
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "tolist"):  # numpy and torch numbers and arrays
+        return _plain(value.tolist())
+    return value.isoformat() if isinstance(value, datetime) else str(value)
+
+
+def _merge(old: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(old)
+    for key, value in new.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+# ---- how a run ended, and on what it ran ------------------------------------------------------------------
+
+
+def _ending(fault: BaseException) -> dict[str, Any]:
+    """Return status, cause and traceback for what ended a run."""
+    status, cause = "failed", f"{type(fault).__name__}: {fault}"
+    if isinstance(fault, ConfigError | RunStopped):
+        cause = str(fault)
+    elif isinstance(fault, KeyboardInterrupt):
+        status, cause = "preempted", "interrupted from the keyboard (SIGINT)"
+    elif isinstance(fault, SystemExit):
+        signal = SIGNAL_EXITS.get(fault.code) if isinstance(fault.code, int) else None
+        status = "preempted" if signal else "failed"
+        cause = f"stopped by {signal}" if signal else f"the process left with exit code {fault.code}"
+    text = "".join(traceback.format_exception(fault))
+    return {"status": status, "cause": cause, "traceback": text[-TRACEBACK_LIMIT:]}
+
+
+def _peak_memory() -> dict[str, int]:
+    """Return the peak memory of this process in bytes: of the host and, if CUDA was used, of its devices."""
+    peak = {}
+    with contextlib.suppress(ImportError):  # Windows has no resource module
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        peak["device"] = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return peak
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[library] = importlib.metadata.version(library)
+    return versions
+
+
+def _platform() -> dict[str, Any]:
+    return {
+        "system": platform.platform(),
+        "machine": platform.machine(),
+        "processors": os.cpu_count(),
+        "host": platform.node(),
+    }
+
+
+def _git() -> dict[str, Any] | None:
+    """Return commit, changed files and diff of the repository around the working directory, if any."""
+    status = _ask_git("status", "--porcelain", "--untracked-files=normal")
+    if status is None:
+        return None
+    commit = _ask_git("rev-parse", "HEAD")
+    diff = _ask_git("diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD") if commit else None
+    return {
+        "commit": commit.strip() if commit else None,
+        "dirty": bool(status.strip()),
+        "changed": status.splitlines()[:CHANGED_LIMIT],
+        "diff": diff or "",
+        "diff_complete": len(diff or "") < DIFF_LIMIT,
+    }
+
+
+def _ask_git(*words: str) -> str | None:
+    """Return what git says, cut at ``DIFF_LIMIT`` bytes; None if it fails, hangs or is not there."""
+    command = ["git", "-c", "core.fsmonitor=false", "-c", "core.quotepath=false", *words]
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    null, pipe = subprocess.DEVNULL, subprocess.PIPE
+    try:
+        process = subprocess.Popen(command, stdin=null, stdout=pipe, stderr=null, env=environment)
+    except OSError:
+        return None
+    assert process.stdout is not None
+    timer = threading.Timer(GIT_SECONDS, process.kill)
+    timer.start()
+    with process:
+        answer = process.stdout.read(DIFF_LIMIT)
+        cut = len(answer) == DIFF_LIMIT
+        if cut:
+            process.kill()
+    timer.cancel()
+    return None if process.returncode and not cut else answer.decode("utf-8", "replace")

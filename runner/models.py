@@ -1,0 +1,425 @@
+"""Tokenizers and models, ready to train: pad token, chat template, precision, quantization, adapters."""
+
+import copy
+import hashlib
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner import embedded, hardware, hub
+from runner.errors import ConfigError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+KEY = "model.name_or_path"
+PLAIN_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+# Tokens that some family made for padding or never writes in a chat, best first. Each is taken only where it is
+# in the vocabulary, is neither the stop token nor the first token, and is not part of the chat template.
+PAD_TOKENS = (
+    "<|pad|>",
+    "<pad>",
+    "[PAD]",
+    "<|padding|>",  # GPT-NeoX, Pythia
+    "<|finetune_right_pad_id|>",  # Llama 3.1, 3.2
+    "<|endoftext|>",  # where <|im_end|> stops: Qwen, SmolLM2
+    "<|fim_pad|>",  # Qwen's base models
+    "<unk>",  # Llama 2, Mistral: bytes are their fallback
+)
+
+
+def local_path(name_or_path: str, *, key: str = KEY, marker: str = "config.json") -> str:
+    """Return where a model is: an absolute folder (the embedded model is built on first use) or a hub id.
+
+    Raises:
+        ConfigError: There is no such folder, or the embedded model cannot be built.
+    """
+    if name_or_path == embedded.NAME:
+        return str(embedded.materialise())
+    return hub.resolve(name_or_path, key=key, marker=marker)
+
+
+def load_tokenizer(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    tokenizer_name_or_path: str | None = None,
+    chat_template: str | None = None,
+    pad_token: str | None = None,
+    trust_remote_code: bool = False,
+) -> "PreTrainedTokenizerBase":
+    """Return a tokenizer that has a chat template, and a pad token that is not its stop token.
+
+    Args:
+        name_or_path: The model's folder or hub id.
+        revision: The model's revision.
+        tokenizer_name_or_path: Another folder or hub id to take the tokenizer from.
+        chat_template: Path of a Jinja file; without one the model's own is kept, or ``chat_template.jinja`` of
+            this package where it has none.
+        pad_token: Token to pad with; without one it is the model's own, or chosen from its vocabulary, or new.
+        trust_remote_code: Whether the repository's own code may run.
+
+    Raises:
+        ConfigError: It cannot be loaded, has no stop token, or the template or pad token cannot be used.
+    """
+    from transformers import AutoTokenizer
+
+    key = KEY
+    if tokenizer_name_or_path is not None:
+        key, name_or_path, revision = "model.tokenizer_name_or_path", tokenizer_name_or_path, None
+    path = local_path(name_or_path, key=key, marker="tokenizer_config.json")
+    hub.ensure_available(path, key=key, revision=revision, marker="tokenizer_config.json")
+    with hub.explained(path, key=key):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    if tokenizer.eos_token is None:
+        raise ConfigError(
+            f"{key}={path} cannot be trained to stop: its tokenizer has no stop token (eos_token). Name a tokenizer "
+            "that has one: model.tokenizer_name_or_path=..."
+        )
+    _set_chat_template(tokenizer, chat_template)
+    _set_pad_token(tokenizer, pad_token)
+    return tokenizer
+
+
+def load_policy(
+    name_or_path: str,
+    *,
+    tokenizer: "PreTrainedTokenizerBase",
+    revision: str | None = None,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: "BitsAndBytesConfig | None" = None,
+    adapter: bool = False,
+    gradient_checkpointing: bool = False,
+) -> "PreTrainedModel":
+    """Return a causal language model that fits ``tokenizer``.
+
+    Args:
+        name_or_path: A folder or a hub id; an adapter's folder gives its base with the adapter merged in.
+        tokenizer: What ``load_tokenizer`` gave; the embedding grows to it, the special tokens follow it.
+        revision: Branch, tag or commit of a hub id.
+        dtype: ``auto`` is float32 for weights that train; see ``hardware.weights_dtype``.
+        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; null leaves it to transformers.
+        trust_remote_code: Whether the repository's own code may run.
+        quantization: How to quantize the frozen weights; the model comes back prepared for an adapter.
+        adapter: Whether only an adapter will train, so that the weights stay frozen.
+        gradient_checkpointing: Whether training will recompute activations; for quantized models.
+
+    Raises:
+        ConfigError: It cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, missing = _load(
+        AutoModelForCausalLM,
+        name_or_path,
+        tokenizer=tokenizer,
+        revision=revision,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        quantization=quantization,
+        adapter=adapter,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    if missing:
+        raise ConfigError(
+            f"{KEY}={name_or_path} is no language model: its files lack {', '.join(missing[:3])}. Name a model that "
+            "generates text; a reward model goes to reward.model.name_or_path."
+        )
+    generation = model.generation_config
+    if generation is not None:
+        generation.pad_token_id = tokenizer.pad_token_id
+        stops = generation.eos_token_id
+        stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+        if tokenizer.eos_token_id not in stops:
+            generation.eos_token_id = [tokenizer.eos_token_id, *stops]
+    return model
+
+
+def load_classifier(
+    name_or_path: str, *, tokenizer: "PreTrainedTokenizerBase", num_labels: int = 1, **options: Any
+) -> "PreTrainedModel":
+    """Return a sequence classifier that fits ``tokenizer``; its score head is new where the model had none.
+
+    Args:
+        name_or_path: A folder or a hub id; an adapter's folder gives its base with the adapter merged in.
+        tokenizer: What ``load_tokenizer`` gave.
+        num_labels: Scores for each sequence; a reward model has one.
+        options: The other keywords of ``load_policy``.
+
+    Raises:
+        ConfigError: It cannot be loaded.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    model, missing = _load(
+        AutoModelForSequenceClassification,
+        name_or_path,
+        tokenizer=tokenizer,
+        num_labels=num_labels,
+        **options,
+    )
+    if missing:
+        logger.warning("%s has no score head: %s starts at random", name_or_path, ", ".join(missing))
+    return model
+
+
+def peft_for(config: "PeftConfig", *, trainer: str) -> "PeftConfig":
+    """Return a copy of a PEFT config for a trainer: a reward model's score head is trained and saved with it."""
+    config = copy.deepcopy(config)
+    config.task_type = "SEQ_CLS" if trainer == "reward" else "CAUSAL_LM"
+    return config
+
+
+def check_adapter(model: "PreTrainedModel", config: "PeftConfig") -> None:
+    """Return when ``config`` fits ``model``, which may be on the meta device.
+
+    Raises:
+        ConfigError: A target module matches nothing or is the output layer, or the pair cannot train.
+    """
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    if getattr(config, "use_dora", False) and getattr(model, "is_loaded_in_8bit", False) and model.device.type == "cpu":
+        raise ConfigError(
+            "peft=dora cannot train on quantization=int8 without a GPU: peft 0.21 loses the scales of 8-bit weights "
+            "that DoRA reads. Use quantization=nf4 or quantization=none, or peft=lora."
+        )
+    targets = getattr(config, "target_modules", None)
+    family = model.config.model_type
+    linear = sorted({name.rsplit(".", 1)[-1] for name in _linear_layers(model)})
+    allowed = f"It has {', '.join(linear)}. Type peft.target_modules=[{','.join(linear[:2])}], or all-linear"
+    if targets is None:
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
+        known = getattr(tuner, "target_module_mapping", None)
+        if known is not None and family not in known and not getattr(config, "target_parameters", None):
+            raise ConfigError(f"peft.target_modules is not set, and peft has no default for {family}. {allowed}")
+        return
+    if targets == "all-linear":
+        return
+    names = [name for name, _ in model.named_modules()]
+    hits = {
+        target: {name for name in names if _matches(target, name, regex=isinstance(targets, str))}
+        for target in ([targets] if isinstance(targets, str) else sorted(targets))
+    }
+    if unmatched := [target for target, found in hits.items() if not found]:
+        raise ConfigError(f"peft.target_modules names {', '.join(unmatched)}, which {family} lacks. {allowed}")
+    output = model.get_output_embeddings()
+    head = {name for name, module in model.named_modules() if output is not None and module is output}
+    if any(head & found for found in hits.values()):
+        raise ConfigError(
+            f"peft.target_modules includes the output layer ({', '.join(head)}), which trl scores without its adapter. "
+            f"Leave it out, or train it whole: peft.modules_to_save=[{', '.join(head)}]"
+        )
+
+
+def keep_float32(model: Any) -> None:
+    """Cast what trains back to float32, in place, before the optimizer is made.
+
+    The trainers of trl 1.16 cast the adapters of a quantized model to bfloat16, where small updates are lost,
+    and the score head of a reward model too, which then cannot read float32 activations.
+    """
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in {torch.bfloat16, torch.float16}:
+            parameter.data = parameter.data.float()
+
+
+def fit_embedding(model: Any, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Grow a model's embedding to its tokenizer; a new row is the mean of the old ones, so it says nothing.
+
+    Embeddings are often larger than the vocabulary; those stay as they are.
+    """
+    import torch
+
+    rows = model.get_input_embeddings().weight.shape[0]
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed <= rows:
+        return
+    model.resize_token_embeddings(needed, mean_resizing=False)
+    logger.info("The embedding grew from %d to %d rows, for the tokenizer's new tokens", rows, needed)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if layer is not None:
+                layer.weight[rows:] = layer.weight[:rows].mean(dim=0)
+
+
+def _set_chat_template(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None) -> None:
+    if chat_template is not None:
+        path = Path(chat_template).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"model.chat_template={chat_template} does not exist. Name a .jinja file, or null.")
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    elif tokenizer.chat_template is None:
+        # Text models with a first token saw it before every text; the template has to write it itself.
+        ids = tokenizer("a").input_ids
+        begins = "{{- bos_token -}}\n" if ids and ids[0] == tokenizer.bos_token_id else ""
+        tokenizer.chat_template = begins + PLAIN_TEMPLATE.read_text(encoding="utf-8")
+        logger.info("The model has no chat template: it gets the plain one (%s)", PLAIN_TEMPLATE)
+    from jinja2 import TemplateError
+
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except TemplateError as error:
+        raise ConfigError(
+            f"model.chat_template={chat_template} cannot be used: {error}. Correct the file, or leave it null for the "
+            "model's own."
+        ) from error
+
+
+def _set_pad_token(tokenizer: "PreTrainedTokenizerBase", pad_token: str | None) -> None:
+    stop = tokenizer.eos_token
+    if pad_token == stop:
+        raise ConfigError(
+            f"model.pad_token={pad_token} is the stop token: where padding is left out of the loss, the model would "
+            "not learn to stop. Leave it null, or name another token."
+        )
+    vocabulary, used, own = tokenizer.get_vocab(), str(tokenizer.chat_template), tokenizer.pad_token
+    if pad_token is None and own not in (None, stop):
+        return
+    if pad_token is None:
+        spare = [
+            token
+            for token in PAD_TOKENS
+            if token in vocabulary and token not in (stop, tokenizer.bos_token) and token not in used
+        ]
+        pad_token = spare[0] if spare else PAD_TOKENS[0]
+    if pad_token in vocabulary:
+        tokenizer.pad_token = pad_token
+    else:
+        tokenizer.add_special_tokens({"pad_token": pad_token})
+    origin = "of its vocabulary" if pad_token in vocabulary else "a new token"
+    logger.info("Padding with %s, %s; the tokenizer's own is %s", pad_token, origin, own or "missing")
+
+
+def _load(
+    kind: Any,
+    name_or_path: str,
+    *,
+    tokenizer: "PreTrainedTokenizerBase",
+    revision: str | None = None,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: "BitsAndBytesConfig | None" = None,
+    adapter: bool = False,
+    gradient_checkpointing: bool = False,
+    **labels: int,
+) -> tuple[Any, list[str]]:
+    """Return a model of an auto class that fits ``tokenizer``, and the weights that its files lack."""
+    from accelerate import PartialState
+    from transformers.utils import find_adapter_config_file
+
+    path, device = local_path(name_or_path), PartialState().device
+    hub.ensure_available(path, key=KEY, revision=revision)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **labels}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if quantization is not None:
+        options |= {"quantization_config": quantization, "device_map": {"": device}}
+    frozen = adapter or quantization is not None
+    with hub.explained(path, key=KEY):
+        if find_adapter_config_file(path, revision=revision):
+            path, revision = str(merge_adapter(path, tokenizer, revision, trust_remote_code)), None
+        model, info = kind.from_pretrained(
+            path,
+            revision=revision or "main",
+            dtype=hardware.weights_dtype(dtype, frozen=frozen, device=device.type),
+            output_loading_info=True,
+            **options,
+        )
+    fit_embedding(model, tokenizer)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if quantization is not None:
+        model = _prepare_quantized(model, gradient_checkpointing=gradient_checkpointing)
+    logger.info("%s: %s, %s, on %s", name_or_path, type(model).__name__, model.dtype, device)
+    return model, sorted(info["missing_keys"])
+
+
+def merge_adapter(
+    name_or_path: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Return a folder of the cache that has an adapter's base with the adapter merged in, in full precision.
+
+    What trains on it, and a reference model read again from its path, then start from the adapted model.
+
+    Raises:
+        ConfigError: The base cannot be loaded.
+    """
+    from huggingface_hub import snapshot_download
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(name_or_path, revision=revision, allow_patterns="adapter_*"))
+    config = PeftConfig.from_pretrained(str(folder))
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("adapter_*")):
+        digest.update(file.read_bytes())
+
+    def build(target: Path) -> None:
+        base = local_path(str(config.base_model_name_or_path))
+        classifier = config.task_type == "SEQ_CLS"
+        kind: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+        options = {"num_labels": 1} if classifier else {}
+        hub.ensure_available(base, key=KEY, revision=config.revision)
+        with hub.explained(base, key=KEY):
+            model = kind.from_pretrained(
+                base, revision=config.revision or "main", trust_remote_code=trust_remote_code, dtype="auto", **options
+            )
+        fit_embedding(model, tokenizer)
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        PeftModel.from_pretrained(model, str(folder)).merge_and_unload().save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+    merged = embedded.build_once(f"merged-{digest.hexdigest()[:12]}", build)
+    logger.info("%s is an adapter: its base with it merged in is kept in %s", name_or_path, merged)
+    return merged
+
+
+def _prepare_quantized(model: Any, *, gradient_checkpointing: bool) -> Any:
+    """Freeze a quantized model and cast its other weights to float32, as peft recommends."""
+    from peft import prepare_model_for_kbit_training
+
+    for module in model.modules():
+        # bitsandbytes 0.50 on CPUs with avx512_bf16 repacks 4-bit weights at the first evaluation, for a kernel
+        # without a backward pass: training after it would lose most of its gradient without a word.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return prepare_model_for_kbit_training(
+        model,
+        use_gradient_checkpointing=gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
+
+
+def _linear_layers(model: Any) -> list[str]:
+    """Return the names of the layers that ``all-linear`` stands for."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    heads = {model.get_output_embeddings(), getattr(model, "score", None)}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module not in heads
+    ]
+
+
+def _matches(target: str, name: str, *, regex: bool) -> bool:
+    if regex:
+        return re.fullmatch(target, name) is not None
+    return name == target or name.endswith(f".{target}")

@@ -1,0 +1,76 @@
+"""One experiment, top to bottom: what a run directory's ``config.yaml`` says is trained, evaluated and saved there."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from runner import card, data, hardware, manifest, models, report, tokens, trainers, views
+from runner.config import given, trainer_name
+
+logger = logging.getLogger(__name__)
+
+
+def run(run_dir: Path) -> dict[str, float]:
+    """Run the experiment of a run directory and return its metrics.
+
+    All that it reads of the person's wishes is ``config.yaml`` in the directory; all that it makes is written to the
+    directory, whose manifest says how the run ended, whatever happens.
+
+    Raises:
+        ConfigError: The config, the data or the model cannot give this run.
+        RunStopped: A guard ended it.
+    """
+    run_dir = Path(run_dir).absolute()
+    config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+    with manifest.recording(run_dir):
+        name = trainer_name(config["trainer"]["_target_"])
+        reads = views.row_kind(name)
+        rows = data.load_splits(reads=reads, run_seed=config["seed"], **config["dataset"])
+        manifest.update(run_dir, data=rows.report, seed=config["seed"])
+
+        tokenizer = models.load_tokenizer(**given(models.load_tokenizer, config["model"]))
+        limits = {
+            "max_length": config["trainer"].get("max_length"),
+            "too_long": config["dataset"].get("too_long", "drop"),
+        }
+        rows, audit = tokens.fit_splits(rows, tokenizer, reads=reads, trainer=name, **limits)
+        online = reads == "prompt"
+        columns = set(rows.train.column_names) if online else {key for row in rows.held_out for key in row}
+        scoring = trainers.load_rewards(config, columns=columns, online=online)
+        arguments, chosen = trainers.build_arguments(config["trainer"], run_dir, evaluates=rows.eval is not None)
+        manifest.update(run_dir, tokens=audit, chosen=chosen, hardware=hardware.describe())
+
+        model, adapter = trainers.load_model(name, tokenizer, config, arguments)
+        trainer = trainers.build_trainer(
+            config,
+            model=model,
+            adapter=adapter,
+            arguments=arguments,
+            tokenizer=tokenizer,
+            train=rows.train,
+            held_out=rows.eval,
+            scoring=scoring,
+            run_dir=run_dir,
+        )
+        trainers.add_samples(trainer, rows.held_out, scoring, run_dir, **config["samples"])
+        manifest.update(run_dir, **trainers.describe(trainer))
+
+        result = trainer.train()
+        trainer.save_model(str(run_dir / "model"))
+        metrics = {**result.metrics, **trainers.evaluate(trainer)}
+        manifest.update(run_dir, metrics=metrics)
+    publish(run_dir, trainer)
+    return metrics
+
+
+def publish(run_dir: Path, trainer: Any) -> None:
+    """Write the card, the curves and the report, push if asked to, and log the summary; none can undo the run."""
+    for step in (card.write_card, report.write_curves, report.write_page, lambda _: trainers.push(trainer, run_dir)):
+        try:
+            step(run_dir)
+        except Exception as error:  # noqa: BLE001  the run is saved; what fails after it is logged and recorded
+            logger.warning("%s failed: %s", step.__name__, error)
+            manifest.update(run_dir, after={step.__name__: f"{type(error).__name__}: {error}"})
+    logger.info("%s", report.summary(run_dir))

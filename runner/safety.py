@@ -1,0 +1,96 @@
+"""A recipe from a stranger cannot run code: what a config may name is refused here, before anything acts on it.
+
+Hydra's blocklist is no boundary (hydra-core 1.3.8 says so itself), and Hydra's callbacks and logging handlers run
+before the task function; so the composed but unresolved config is searched first.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+SPECIAL = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
+TARGETS_AT = {"trainer._target_", "peft._target_", "quantization._target_"}
+HYDRA_TARGETS = {
+    "hydra.launcher._target_": re.compile(
+        r"hydra\._internal\.core_plugins\.basic_launcher\.BasicLauncher"
+        r"|hydra_plugins\.hydra_(joblib|submitit|ray)_launcher\.\w+\.\w+Launcher"
+    ),
+    "hydra.sweeper._target_": re.compile(r"hydra\._internal\.core_plugins\.basic_sweeper\.BasicSweeper"),
+}
+LOGGING_CLASS = re.compile(r"logging\.(StreamHandler|FileHandler|NullHandler|Formatter)|colorlog\.ColoredFormatter")
+LOG_FILE = "${hydra.runtime.output_dir}/${hydra.job.name}.log"
+RESOLVERS = {"hydra", "now", "oc.env", "oc.select", "python_version"}
+READABLE_ENV = {
+    "USER",
+    "HOME",
+    "HOSTNAME",
+    "SCRATCH",
+    "TMPDIR",
+    "HF_HOME",
+    "XDG_CACHE_HOME",
+    "CUDA_VISIBLE_DEVICES",
+}
+SETTABLE_ENV = {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM",
+                "HF_HUB_OFFLINE", "TENSORBOARD_LOGGING_DIR", "WANDB_PROJECT", "WANDB_MODE"}  # fmt: skip
+
+
+def find_dangers(config: dict[str, Any], typed: set[str]) -> list[str]:
+    """Return everything in an unresolved config that could run code or read secrets, one sentence each.
+
+    Args:
+        config: The composed config, Hydra's node included, interpolations unresolved.
+        typed: Paths of the keys that the person typed on the command line.
+    """
+    found: list[str] = []
+    for path, key, value in _walk(config):
+        if key in SPECIAL:
+            found += _target_danger(path, key, value)
+        if isinstance(value, str):
+            found += _interpolation_danger(path, value)
+        if path.startswith(("hydra.job_logging.", "hydra.hydra_logging.")):
+            found += _logging_danger(path, key, value)
+        if path.startswith("hydra.job.env_set.") and key not in SETTABLE_ENV:
+            found.append(f"{path} is refused: a config may set only {sorted(SETTABLE_ENV)}.")
+        if key == "trust_remote_code" and value and path not in typed:
+            found.append(f"{path}=true is refused from a file: it runs the model author's code. Type {path}=true.")
+        if path == "allow_code" and value and path not in typed:
+            found.append("allow_code is refused from a file: type allow_code=[my_module.my_function] yourself.")
+    if config.get("hydra", {}).get("callbacks"):
+        found.append("hydra.callbacks is refused: a callback runs code before the config is checked.")
+    return found
+
+
+def _walk(node: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yield (path, key, value) for everything in nested dicts and lists."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        inner = f"{path}.{key}" if path else str(key)
+        yield inner, str(key), value
+        yield from _walk(value, inner)
+
+
+def _target_danger(path: str, key: str, value: Any) -> list[str]:
+    if path in TARGETS_AT and "$" not in str(value):
+        return []  # what it names is checked against the allowlist of runner.config
+    if path in HYDRA_TARGETS and HYDRA_TARGETS[path].fullmatch(str(value)):
+        return []
+    return [f"{path}={value!r} is refused: only the root of {sorted(t.split('.')[0] for t in TARGETS_AT)} has a {key}."]
+
+
+def _interpolation_danger(path: str, value: str) -> list[str]:
+    for resolver, argument in re.findall(r"\$\{\s*([\w.]+)\s*:([^}]*)", value):
+        if resolver not in RESOLVERS:
+            return [f"{path}={value!r} is refused: the resolver {resolver!r} is not one of {sorted(RESOLVERS)}."]
+        if resolver == "oc.env" and argument.split(",")[0].strip() not in READABLE_ENV:
+            return [f"{path}={value!r} is refused: a config may read only {sorted(READABLE_ENV)} from the environment."]
+    return []
+
+
+def _logging_danger(path: str, key: str, value: Any) -> list[str]:
+    if key in {"class", "()"} and not LOGGING_CLASS.fullmatch(str(value)):
+        return [f"{path}={value!r} is refused: logging may use only Hydra's own handlers."]
+    if key == "filename" and value != LOG_FILE:
+        return [f"{path}={value!r} is refused: the log belongs to the run directory."]
+    if key == "factory" or (str(value).startswith("ext://") and value not in {"ext://sys.stdout", "ext://sys.stderr"}):
+        return [f"{path}={value!r} is refused: logging may use only Hydra's own handlers."]
+    return []

@@ -1,0 +1,328 @@
+"""Which keys exist, and of which type: our own groups, and upstream's dataclasses read from their source.
+
+Upstream's classes are read with ``ast`` and never imported: a misspelt key is answered in a fraction of a
+second, without torch, a device or a hub.
+"""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field, fields
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Optional, Union
+
+from runner.errors import ConfigError
+
+
+@dataclass
+class Model:
+    """Keys of the ``model`` group: a language model, its tokenizer and its chat template."""
+
+    name_or_path: str
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attn_implementation: str | None = None
+    tokenizer_name_or_path: str | None = None
+    chat_template: str | None = None
+    pad_token: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass
+class Dataset:
+    """Keys of the ``dataset`` group; a ``generator`` adds its own keyword parameters."""
+
+    path: str | list[str] | None = None
+    name: str | None = None
+    revision: str | None = None
+    train: str = "train"
+    eval: str | None = None
+    format: str = "auto"
+    rename: dict[str, str] = field(default_factory=dict)
+    bad_rows: Literal["fail", "drop"] = "fail"
+    too_long: Literal["drop", "fail", "truncate"] = "drop"
+    weight: float = 1.0
+    generator: str | None = None
+    sources: dict[str, Any] = field(default_factory=dict)
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
+
+
+@dataclass
+class Reward:
+    """Keys of the ``reward`` group; a ``function`` adds its own keyword parameters."""
+
+    function: str | None = None
+    weight: float = 1.0
+    model: dict[str, Any] | None = None
+    terms: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Samples:
+    """Keys of ``samples``: greedy generations on held-out prompts at every evaluation."""
+
+    rows: int = 100
+    max_new_tokens: int = 64
+    batch_size: int = 50
+
+
+@dataclass
+class Root:
+    """Keys of a run as a whole."""
+
+    seed: int = 42
+    output_dir: str = "outputs"
+    allow_code: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Field:
+    """One key of a config class: its type for checking, its type as a person reads it, and where it is from."""
+
+    type: Any
+    text: str
+    owner: str
+    required: bool = False
+
+
+# Classes that moved or went, and the versions that have them. Source: https://github.com/huggingface/trl/releases
+HISTORY = {
+    "trl.PPOConfig": "trl <1.13 had it",
+    "trl.ORPOConfig": "since trl 0.26 it is trl.experimental.orpo.ORPOConfig",
+    "trl.CPOConfig": "since trl 0.26 it is trl.experimental.cpo.CPOConfig",
+    "trl.experimental.orpo.ORPOConfig": "trl >=0.26 has it, and trl 1.16 is what this was tested with",
+    "trl.experimental.cpo.CPOConfig": "trl >=0.26 has it, and trl 1.16 is what this was tested with",
+    "trl.experimental.kto.KTOConfig": "it is trl.KTOConfig",
+}
+
+_TYPING = {
+    name: kind
+    for kind in (str, int, float, bool, list, dict, tuple, set)
+    for name in (kind.__name__, kind.__name__.capitalize())
+} | {"Any": Any, "Literal": Literal, "Optional": Optional, "Union": Union, "None": None, "Sequence": list}
+
+
+def own_fields(cls: type) -> dict[str, Field]:
+    """Return the keys of one of this module's dataclasses."""
+    return {
+        f.name: Field(
+            f.type,
+            f.type.__name__ if isinstance(f.type, type) else str(f.type).replace("typing.", ""),
+            cls.__name__,
+            required=f.default is MISSING and f.default_factory is MISSING,
+        )
+        for f in fields(cls)
+    }
+
+
+def keyword_fields(module: str, function: str) -> dict[str, Field]:
+    """Return the keyword-only parameters of one of our own functions, as keys of the option that names it.
+
+    Raises:
+        ConfigError: The module has no such function.
+    """
+    path = Path(__file__).with_name(f"{module}.py")
+    tree = _parse(path)
+    first = {"rewards": "completions"}.get(module)  # what makes a function of that module a choice
+    public = {
+        n.name: n
+        for n in tree.body
+        if isinstance(n, ast.FunctionDef) and (first is None or [a.arg for a in n.args.args][:1] == [first])
+    }
+    if function not in public:
+        raise ConfigError(f"runner.{module} has no {function!r}; choose one of {sorted(public)}.")
+    arguments = public[function].args
+    return {
+        a.arg: Field(*_read_type(a.annotation, path), f"runner.{module}.{function}", required=default is None)
+        for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    }
+
+
+@lru_cache(maxsize=64)
+def upstream_fields(target: str) -> dict[str, Field]:
+    """Return the fields of an upstream config class, read from its source and its bases' source.
+
+    Args:
+        target: Dotted name, for example ``trl.DPOConfig``.
+
+    Raises:
+        ConfigError: The installed library has no such class.
+    """
+    path, node = locate(target)
+    return dict(_fields_of(path, node))
+
+
+@lru_cache(maxsize=64)
+def bases_of(target: str) -> tuple[str, ...]:
+    """Return the class name of a config class and of all its bases, nearest first."""
+    path, node = locate(target)
+    return tuple(name for name, _, _ in _lineage(path, node))
+
+
+@lru_cache(maxsize=64)
+def locate(target: str) -> tuple[Path, ast.ClassDef]:
+    """Find the file and the syntax tree of a class by its dotted name, without importing its package.
+
+    Raises:
+        ConfigError: The package is not installed or has no such class; the message names the versions that do.
+    """
+    package, *parts, name = target.split(".")
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"{target} cannot be used: the package {package!r} is not installed. pip install {package}")
+    found = None
+    module = _module_file(Path(spec.submodule_search_locations[0]).joinpath(*parts))
+    if module:
+        found = _find_class(module, name)
+    if found is None:
+        from importlib.metadata import version
+
+        hint = HISTORY.get(target, "check the name")
+        raise ConfigError(f"The installed {package} {version(package)} has no {target}: {hint}.")
+    return found
+
+
+@lru_cache(maxsize=128)
+def _parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _module_file(base: Path) -> Path | None:
+    for candidate in (base.with_name(base.name + ".py"), base / "__init__.py"):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+@lru_cache(maxsize=512)
+def _find_class(path: Path, name: str) -> tuple[Path, ast.ClassDef] | None:
+    """Find a class defined in a module or imported into it, following the imports."""
+    tree = _parse(path)
+    for statement in tree.body:
+        if isinstance(statement, ast.ClassDef) and statement.name == name:
+            return path, statement
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    module = _imported_file(path, node)
+                    if module and module != path and (found := _find_class(module, alias.name)):
+                        return found
+    return None
+
+
+def _imported_file(path: Path, node: ast.ImportFrom) -> Path | None:
+    parts = node.module.split(".") if node.module else []
+    if node.level:
+        return _module_file(path.parents[node.level - 1].joinpath(*parts))
+    spec = find_spec(parts[0]) if parts[0] in {"trl", "transformers", "peft", "runner"} else None
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return _module_file(Path(spec.submodule_search_locations[0]).joinpath(*parts[1:]))
+
+
+def _lineage(path: Path, node: ast.ClassDef) -> Iterator[tuple[str, Path, ast.ClassDef]]:
+    yield node.name, path, node
+    for base in node.bases:
+        name = ast.unparse(base).split(".")[-1]
+        if found := _find_class(path, name):
+            yield from _lineage(*found)
+
+
+def _fields_of(path: Path, node: ast.ClassDef) -> Iterator[tuple[str, Field]]:
+    """Yield fields in the order of ``dataclasses.fields``; a class with its own ``__init__`` gives its parameters."""
+    init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+    if init:
+        arguments = init.args.args[1:]
+        defaults = [None] * (len(arguments) - len(init.args.defaults)) + init.args.defaults
+        for argument, default in zip(arguments, defaults, strict=True):
+            yield argument.arg, Field(*_read_type(argument.annotation or _type_of(default), path), node.name)
+        return
+    for base in reversed(node.bases):
+        if found := _find_class(path, ast.unparse(base).split(".")[-1]):
+            yield from _fields_of(*found)
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            annotation = ast.unparse(statement.annotation)
+            value = ast.unparse(statement.value) if statement.value else ""
+            if "ClassVar" not in annotation and "init=False" not in value:
+                yield statement.target.id, Field(*_read_type(statement.annotation, path), node.name)
+
+
+class _Reader(ast.NodeTransformer):
+    """Rewrites an annotation so that it can be evaluated: enums become their values, what we do not know Any."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.names: dict[str, Any] = dict(_TYPING)
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        if node.id not in self.names:
+            found = _find_class(self.path, node.id)
+            values = _enum_values(found[1]) if found else ()
+            self.names[node.id] = Literal[values] if values else Any
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        return ast.copy_location(ast.Name("Any", ast.Load()), node)
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+        if ast.unparse(node.value) == "Literal":
+            # peft writes patterns among the values, such as 'pissa_niter_[number of iters]'
+            return ast.Name("str", ast.Load()) if "_[" in ast.unparse(node.slice) else node
+        base = self.visit(node.value)
+        if isinstance(base, ast.Name) and self.names.get(base.id) is Any:
+            return base
+        return ast.Subscript(base, self.visit(node.slice), node.ctx)
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        # "SchedulerType | str": upstream turns the string into the enum, so only its values are right
+        members = [self.visit(m) for m in _union_members(node)]
+        enums = [m for m in members if isinstance(m, ast.Name) and _is_literal(self.names.get(m.id))]
+        kept = [m for m in members if not (enums and isinstance(m, ast.Name) and m.id == "str")]
+        return ast.Subscript(ast.Name("Union", ast.Load()), ast.Tuple(kept, ast.Load()), ast.Load())
+
+
+def _read_type(annotation: ast.expr | None, path: Path) -> tuple[Any, str]:
+    """Return an annotation's type for checking, and its text for messages."""
+    if annotation is None:
+        return Any, "any value"
+    text = ast.unparse(annotation)
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        text = annotation.value
+    reader = _Reader(path)
+    expression = ast.fix_missing_locations(ast.Expression(reader.visit(ast.parse(text, mode="eval").body)))
+    # builtins are emptied: the text is a type annotation of an installed library, never of a config
+    value = eval(compile(expression, str(path), "eval"), {"__builtins__": {}}, reader.names)
+    for name, known in reader.names.items():
+        if _is_literal(known) and name in text:
+            text = " | ".join(str(v) for v in known.__args__) + (" | None" if "None" in text else "")
+    return value, text
+
+
+def _type_of(default: ast.expr | None) -> ast.expr | None:
+    """Return the annotation that an unannotated parameter's default implies."""
+    if isinstance(default, ast.Constant) and isinstance(default.value, bool | int | float | str):
+        return ast.Name(type(default.value).__name__, ast.Load())
+    return None
+
+
+def _union_members(node: ast.expr) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return _union_members(node.left) + _union_members(node.right)
+    return [node]
+
+
+def _is_literal(value: Any) -> bool:
+    return getattr(value, "__origin__", None) is Literal
+
+
+def _enum_values(node: ast.ClassDef) -> tuple[str, ...]:
+    if not any("Enum" in ast.unparse(base) for base in node.bases):
+        return ()
+    return tuple(
+        s.value.value
+        for s in node.body
+        if isinstance(s, ast.Assign) and isinstance(s.value, ast.Constant) and isinstance(s.value.value, str)
+    )

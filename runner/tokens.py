@@ -1,0 +1,334 @@
+"""Counting tokens as TRL will: which rows are too long, and whether what should be learnt is in the loss."""
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from runner.errors import ConfigError
+from runner.rows import Row
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from runner.data import Splits
+
+logger = logging.getLogger(__name__)
+
+CHUNK_ROWS = 1_000  # tokens of so many rows are held at once
+SHOWN_ROWS = 5
+
+Content = str | list[dict[str, Any]]  # text or messages
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Tokens of one sequence: an answer after its prompt, a text or a chat as a whole, or a prompt alone.
+
+    Attributes:
+        prompt: tokens before the answer, which are not learnt.
+        total: all tokens.
+        stops: the last token, whitespace aside, is one that ends a turn or the text.
+        bos: beginning-of-sequence tokens at the start; 2 when both template and tokenizer put one.
+        differs: alone, the prompt is rendered otherwise than before the answer.
+    """
+
+    prompt: int
+    total: int
+    stops: bool
+    bos: int
+    differs: bool
+
+
+def fit_splits(
+    splits: "Splits",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    reads: str,
+    max_length: int | None,
+    too_long: str,
+    trainer: str = "",
+) -> tuple["Splits", dict[str, Any]]:
+    """Apply ``fit_lengths`` to the train and eval rows; return them, and the audit of each."""
+    fitted, audit = {}, {}
+    for name, dataset in (("train", splits.train), ("eval", splits.eval)):
+        if dataset is not None:
+            fitted[name], audit[name] = fit_lengths(
+                dataset, tokenizer, reads=reads, max_length=max_length, too_long=too_long, name=name, trainer=trainer
+            )
+    return replace(splits, **fitted), audit
+
+
+def fit_lengths(
+    dataset: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    reads: str,
+    max_length: int | None,
+    too_long: str,
+    name: str,
+    trainer: str = "",
+) -> tuple["Dataset", dict[str, Any]]:
+    """Apply the policy for rows over ``max_length``, and audit the tokens.
+
+    TRL 1.16 has policies of its own, without a word. SFT cuts the end, and leaves a row out when nothing is left
+    to learn. DPO and KTO cut the end, and leave a row out when its prompt fills ``max_length``. ORPO and CPO cut the
+    answer. Reward leaves the row out. GRPO and RLOO have no limit for prompts.
+
+    Args:
+        dataset: rows of ``data.load_splits``.
+        tokenizer: with the chat template and special tokens of the training.
+        reads: what the trainer reads, see ``views.view``; of ``prompt`` only the prompt is counted.
+        max_length: tokens of prompt and answer, of the prompt alone for an online trainer; None means no limit.
+        too_long: ``drop`` leaves rows over it out; ``fail`` refuses them; ``truncate`` leaves the cutting to TRL, and
+            leaves out only rows whose prompt fills ``max_length``.
+        name: of the split, for messages.
+        trainer: its name; ``reward`` cannot truncate.
+
+    Returns:
+        The rows that fit, and the audit: ``rows``, ``over_length`` and ``dropped`` count rows; ``truncated``,
+        ``stop_token_in_loss``, ``bos``, ``double_bos`` and ``prompt_differs`` are shares of the sequences that are
+        left, ``no_supervised_token`` of all rows; quantiles are of all sequences, whole; ``tokens`` are trained on.
+
+    Raises:
+        ConfigError: rows are too long (``fail``), none is left, the trainer cannot truncate, or the chat template
+            refuses a row.
+    """
+    if too_long == "truncate" and (reads == "prompt" or trainer == "reward"):
+        raise ConfigError(
+            f"dataset.too_long=truncate cannot be done: TRL's {trainer or 'online'} trainer never cuts rows that are "
+            "over trainer.max_length. Type dataset.too_long=drop or dataset.too_long=fail."
+        )
+    counted: list[list[Counts]] = []
+    for start in range(0, len(dataset), CHUNK_ROWS):
+        chunk = dataset.select(range(start, min(start + CHUNK_ROWS, len(dataset)))).to_list()
+        counted += count_tokens(chunk, tokenizer, reads=reads, first_row=start + 1)
+    limit = float("inf") if max_length is None else max_length
+    kept, over, unlearnt = _apply(counted, limit, reads, too_long, name)
+    audit = {
+        "rows": len(counted),
+        "over_length": over,
+        "dropped": len(counted) - len(kept),
+        "no_supervised_token": unlearnt / len(counted),
+        **_shares([counts for number in kept for counts in counted[number]], limit, reads),
+        "prompt_tokens": _quantiles(counts.prompt for row in counted for counts in row),
+        "completion_tokens": _quantiles(counts.total - counts.prompt for row in counted for counts in row),
+        "pad_is_eos": tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id,
+    }
+    _warn(name, audit, max_length)
+    return (dataset if len(kept) == len(counted) else dataset.select(kept)), audit
+
+
+def count_tokens(
+    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", *, reads: str, first_row: int = 1
+) -> list[list[Counts]]:
+    """Count the tokens of each row: of its one sequence, or of chosen and rejected.
+
+    Text gets the special tokens of the tokenizer, and a stop token at its end; a chat only what its template gives,
+    where a row's ``tools`` are told to the template. Both are what TRL does; its online trainers ignore ``tools``.
+
+    Args:
+        rows: all text or all messages.
+        tokenizer: with chat template if rows are messages.
+        reads: what the trainer reads; of ``prompt`` only the prompt is counted.
+        first_row: number of the first row, for messages.
+
+    Raises:
+        ConfigError: there is no chat template, or it refuses a row.
+    """
+    pairs = [(number, *pair) for number, row in enumerate(rows) for pair in _sequences(row, reads)]
+    if not pairs:
+        return [[] for _ in rows]
+    is_chat = any(isinstance(part, list) for part in pairs[0][1:])
+    texts = [
+        _render(rows[number], prompt, answer, tokenizer, reads, first_row + number)
+        if is_chat
+        else _join(prompt, answer, tokenizer)
+        for number, prompt, answer in pairs
+    ]
+    stops = _stop_tokens(tokenizer, is_chat=is_chat)
+    counted: list[list[Counts]] = [[] for _ in rows]
+    encoded = _encode(texts, tokenizer, add_special_tokens=not is_chat)
+    for (number, _, answer), (prompt_text, text), (boundary, ids) in zip(pairs, texts, encoded, strict=True):
+        bos = next((place for place, token in enumerate(ids) if token != tokenizer.bos_token_id), len(ids))
+        counted[number].append(
+            Counts(
+                prompt=len(ids) if answer is None else boundary,
+                total=len(ids),
+                stops=_last_token(ids, tokenizer) in stops,
+                bos=bos,
+                differs=not text.startswith(prompt_text),
+            )
+        )
+    return counted
+
+
+# ---------------------------------------------------------------- rows to text
+
+
+def _sequences(row: Row, reads: str) -> list[tuple[Content | None, Content | None]]:
+    """Split a row into the sequences that are trained on, each of a prompt and an answer."""
+    prompt = row.get("prompt")
+    if reads != "prompt":
+        for columns in (("completion",), ("chosen", "rejected"), ("messages",), ("text",)):
+            if all(row.get(column) is not None for column in columns):
+                return [(prompt, row[column]) for column in columns]
+    return [] if prompt is None else [(prompt, None)]
+
+
+def _join(prompt: Any, answer: Any, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
+    """Return a text prompt and the whole text."""
+    prompt = prompt or ""
+    if answer is None:
+        return prompt, prompt
+    end = "" if answer.endswith(tokenizer.eos_token) else tokenizer.eos_token
+    return prompt, prompt + answer + end
+
+
+def _render(
+    row: Row, prompt: Any, answer: Any, tokenizer: "PreTrainedTokenizerBase", reads: str, number: int
+) -> tuple[str, str]:
+    """Return a chat's prompt and the whole chat, as the chat template writes them."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "Rows of messages need a chat template, and the tokenizer has none. Type model.chat_template=FILE.jinja."
+        )
+    options: dict[str, Any] = {"tokenize": False}
+    if reads != "prompt":
+        tools = row.get("tools")
+        options["tools"] = json.loads(tools) if isinstance(tools, str) else tools
+        options |= row.get("chat_template_kwargs") or {}
+    try:
+        before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options) if prompt else ""
+        whole = before if answer is None else tokenizer.apply_chat_template((prompt or []) + answer, **options)
+    except (TemplateError, TypeError) as error:
+        raise ConfigError(
+            f"The chat template refuses row {number}: {error}. Leave such rows out, or choose another template with "
+            "model.chat_template=FILE.jinja."
+        ) from error
+    return str(before), str(whole)
+
+
+# ---------------------------------------------------------------- text to tokens
+
+
+def _encode(
+    texts: Sequence[tuple[str, str]], tokenizer: "PreTrainedTokenizerBase", *, add_special_tokens: bool
+) -> Iterable[tuple[int, list[int]]]:
+    """Encode whole texts in one call, and find the first token of each answer."""
+    encoded = tokenizer(
+        [text for _, text in texts], add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
+    )
+    for number, (prompt, text) in enumerate(texts):
+        ids = encoded["input_ids"][number]
+        shared = len(prompt) if text.startswith(prompt) else _common_prefix(prompt, text)
+        if not shared:
+            yield 0, ids
+        elif encoded.is_fast:
+            # Leading whitespace may belong to no token: look a little further.
+            places = (encoded.char_to_token(number, place) for place in range(shared, min(shared + 8, len(text))))
+            yield next((place for place in places if place is not None), len(ids)), ids
+        else:
+            alone = tokenizer(prompt, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+            yield _common_prefix(alone, ids), ids
+
+
+def _common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _stop_tokens(tokenizer: "PreTrainedTokenizerBase", *, is_chat: bool) -> set[int]:
+    """Return the tokens that end a text, or a turn in the chat template."""
+    stops = {tokenizer.eos_token_id}
+    if is_chat:
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\u2042"}]
+        end = str(tokenizer.apply_chat_template(probe, tokenize=False)).rpartition("\u2042")[2].strip()
+        stops |= set(tokenizer(end, add_special_tokens=False)["input_ids"][:1])
+    return stops
+
+
+def _last_token(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    return next((token for token in reversed(ids) if str(tokenizer.decode([token])).strip()), None)
+
+
+# ---------------------------------------------------------------- counts to rows that fit, and findings
+
+
+def _apply(
+    counted: Sequence[Sequence[Counts]], limit: float, reads: str, too_long: str, name: str
+) -> tuple[list[int], int, int]:
+    """Return the rows that are kept, and how many are over the limit, and have a prompt that fills it."""
+    over = [number for number, row in enumerate(counted) if any(counts.total > limit for counts in row)]
+    if over and too_long == "fail":
+        lengths = [f"row {n + 1} has {max(counts.total for counts in counted[n])}" for n in over[:SHOWN_ROWS]]
+        raise ConfigError(
+            f"{len(over)} of {len(counted)} {name} rows are over trainer.max_length={limit} tokens: "
+            f"{', '.join(lengths)}. Raise trainer.max_length, or type dataset.too_long=drop."
+        )
+    unlearnt = [n for n in over if reads != "prompt" and any(counts.prompt >= limit for counts in counted[n])]
+    dropped = set(over if too_long == "drop" else unlearnt)
+    kept = [number for number in range(len(counted)) if number not in dropped]
+    if not kept:
+        shortest = min(max(counts.total for counts in row) for row in counted)
+        raise ConfigError(
+            f"No {name} row fits into trainer.max_length={limit} tokens: the shortest has {shortest}. Raise "
+            "trainer.max_length."
+        )
+    return kept, len(over), len(unlearnt)
+
+
+def _shares(sequences: Sequence[Counts], limit: float, reads: str) -> dict[str, Any]:
+    """Summarise the sequences that are trained on."""
+
+    def share(of: Iterable[bool]) -> float:
+        return sum(of) / len(sequences)
+
+    learns = {
+        "truncated": share(counts.total > limit for counts in sequences),
+        "stop_token_in_loss": share(counts.stops and counts.total <= limit for counts in sequences),
+        "prompt_differs": share(counts.differs for counts in sequences),
+    }
+    return {
+        **(learns if reads != "prompt" else {}),
+        "bos": share(counts.bos > 0 for counts in sequences),
+        "double_bos": share(counts.bos > 1 for counts in sequences),
+        "tokens": int(sum(min(counts.total, limit) for counts in sequences)),
+    }
+
+
+def _quantiles(lengths: Iterable[int]) -> dict[str, int]:
+    """Return nearest-rank quantiles: every one is the length of some sequence."""
+    ordered = sorted(lengths)
+    if not ordered:
+        return {}
+    ranks = {f"p{percent}": ceil(len(ordered) * percent / 100) - 1 for percent in (50, 90, 99)}
+    return {name: ordered[rank] for name, rank in ranks.items()} | {"max": ordered[-1]}
+
+
+def _warn(name: str, audit: dict[str, Any], max_length: int | None) -> None:
+    if audit["dropped"]:
+        logger.warning(
+            "%s: %d of %d rows are left out: over trainer.max_length=%s tokens.",
+            name, audit["dropped"], audit["rows"], max_length,
+        )  # fmt: skip
+    findings = {
+        "truncated": "are cut at trainer.max_length, and their answers do not end",
+        "prompt_differs": "have a prompt that the chat template writes otherwise alone, which is how it will be used",
+        "double_bos": "start with two beginning-of-sequence tokens: template and tokenizer each add one",
+    }
+    for finding, meaning in findings.items():
+        if audit.get(finding):
+            logger.warning("%s: %.1f%% of sequences %s.", name, 100 * audit[finding], meaning)
+    endless = 1 - audit.get("stop_token_in_loss", 1) - audit.get("truncated", 0)
+    if endless > 1e-9:
+        logger.warning(
+            "%s: %.1f%% of sequences do not end with a stop token: the model will not learn to stop.",
+            name,
+            100 * endless,
+        )

@@ -1,0 +1,204 @@
+"""From a config to TRL's trainer: its arguments for this hardware, its model, and the parts that it asks for."""
+
+import importlib
+import inspect
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from runner import callbacks, evaluation, hardware, lm_head, models, rewards
+from runner.config import build, given, trainer_name
+from runner.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def build_arguments(node: dict[str, Any], run_dir: Path, *, evaluates: bool) -> tuple[Any, dict[str, Any]]:
+    """Build a trainer's arguments; what the config leaves open is chosen for the hardware.
+
+    Args:
+        node: The trainer's config, its ``_target_`` included.
+        run_dir: Where checkpoints and trackers' files go.
+        evaluates: Whether there are held-out rows.
+
+    Returns:
+        The arguments, and the fields that were chosen here.
+
+    Raises:
+        ConfigError: The trainer's config class refuses its values.
+    """
+    chosen = hardware.trainer_defaults(node)
+    fixed = {
+        "output_dir": str(run_dir / "checkpoints"),
+        "disable_tqdm": node.get("disable_tqdm", True),  # one plain line per log instead of a bar
+        "logging_nan_inf_filter": node.get("logging_nan_inf_filter", False),  # a guard must see what is not finite
+        "run_name": node.get("run_name") or run_dir.name,
+    }
+    if not evaluates:
+        fixed |= {"eval_strategy": "no", "eval_on_start": False}
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run_dir / "tensorboard"))
+    return build(node, **chosen, **fixed), chosen
+
+
+def load_model(name: str, tokenizer: Any, config: dict[str, Any], arguments: Any) -> tuple[Any, Any]:
+    """Load what a trainer trains: a policy, or a classifier with one score for reward modelling.
+
+    Returns:
+        The model, quantized if the config says so, and the adapter's config or None.
+
+    Raises:
+        ConfigError: It cannot be loaded, or the adapter does not fit it.
+    """
+    adapter = models.peft_for(build(config["peft"]), trainer=name) if config["peft"] else None
+    quantization = None
+    if node := config["quantization"]:
+        quantization = build({**node, **hardware.quantization_defaults(node, use_cpu=arguments.use_cpu)})
+    load = models.load_classifier if name == "reward" else models.load_policy
+    model = load(
+        tokenizer=tokenizer,
+        quantization=quantization,
+        adapter=adapter is not None,
+        gradient_checkpointing=bool(arguments.gradient_checkpointing),
+        **given(models.load_policy, config["model"]),
+    )
+    if adapter:
+        models.check_adapter(model, adapter)
+    return model, adapter
+
+
+def build_trainer(
+    config: dict[str, Any],
+    *,
+    model: Any,
+    adapter: Any,
+    arguments: Any,
+    tokenizer: Any,
+    train: Any,
+    held_out: Any,
+    scoring: rewards.Rewards,
+    run_dir: Path,
+) -> Any:
+    """Build the trainer, giving it just those parts that its constructor asks for.
+
+    Args:
+        config: The run's config.
+        model: The model to train.
+        adapter: The adapter's config, or None for all weights.
+        arguments: The trainer's arguments.
+        tokenizer: The model's tokenizer.
+        train: Rows to train on.
+        held_out: Rows to evaluate on, or None.
+        scoring: What ``load_rewards`` gave, for trainers that optimise it.
+        run_dir: Where metrics go.
+
+    Raises:
+        ConfigError: The trainer refuses what it was given.
+    """
+    from transformers import PrinterCallback
+
+    cls = trainer_class(config["trainer"]["_target_"])
+    asked = inspect.signature(cls.__init__).parameters
+    parts: dict[str, Any] = {"peft_config": adapter} if adapter else {}
+    if "reward_funcs" in asked:
+        parts |= {"reward_funcs": scoring.functions, "reward_processing_classes": scoring.tokenizers}
+        arguments.reward_weights = scoring.weights
+    if "ref_model" in asked and not adapter and not arguments.precompute_ref_log_probs:
+        parts["ref_model"], _ = load_model(trainer_name(config["trainer"]["_target_"]), tokenizer, config, arguments)
+    lm_head.compact_lm_head()
+    try:
+        trainer = cls(
+            model=model,
+            args=arguments,
+            processing_class=tokenizer,
+            train_dataset=train,
+            eval_dataset=held_out,
+            callbacks=[callbacks.MetricsWriter(run_dir), callbacks.Guards(), callbacks.Progress()],
+            **parts,
+        )
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(f"{cls.__name__} refuses this config: {error}") from error
+    models.keep_float32(trainer.model)
+    trainer.remove_callback(PrinterCallback)  # Progress says it in one line
+    return trainer
+
+
+def trainer_class(target: str) -> Any:
+    """Return the trainer that belongs to a config class: ``trl.DPOConfig`` gives ``trl.DPOTrainer``."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # the option's header says that it is experimental
+    module, _, name = target.rpartition(".")
+    return getattr(importlib.import_module(module), name.removesuffix("Config") + "Trainer")
+
+
+def load_rewards(config: dict[str, Any], *, columns: set[str], online: bool) -> rewards.Rewards:
+    """Load what an online trainer optimises and what held-out answers are scored with.
+
+    Args:
+        config: The run's config.
+        columns: Those of the rows that will be scored.
+        online: Whether the trainer optimises rewards. Another one only scores its answers, where that is possible.
+
+    Raises:
+        ConfigError: An online trainer's reward cannot be built from these columns.
+    """
+
+    def load(node: dict[str, Any]) -> tuple[Any, Any]:
+        if not online:
+            raise ConfigError("a reward model scores only the answers of trainers that optimise it")
+        tokenizer = models.load_tokenizer(**given(models.load_tokenizer, node))
+        return models.load_classifier(tokenizer=tokenizer, **given(models.load_policy, node)), tokenizer
+
+    allowed = [*config["allow_code"], *os.environ.get("RUNNER_ALLOW_CODE", "").split(",")]
+    try:
+        return rewards.build_rewards(config["reward"], columns=columns, load_model=load, allowed=allowed)
+    except ConfigError as error:
+        if online:
+            raise
+        logger.info("Held-out answers are not scored: %s", error)
+        return rewards.Rewards()
+
+
+def add_samples(
+    trainer: Any, held_out: list[Any], scoring: rewards.Rewards, run_dir: Path, *, rows: int, **options: int
+) -> None:
+    """Let a trainer answer held-out prompts at every evaluation; a classifier has no answers to give.
+
+    Args:
+        trainer: Any trainer.
+        held_out: Canonical rows.
+        scoring: Its functions score the answers; its models do not.
+        run_dir: Where samples go.
+        rows: How many of the rows, from the first.
+        options: Of ``evaluation.Samples``.
+    """
+    prompts = evaluation.held_out(held_out, rows)
+    if prompts and trainer.model.can_generate():
+        scores = {f.__name__: f for f in scoring.functions if isinstance(f, rewards.Scorer)}
+        samples = evaluation.Samples(run_dir, prompts, trainer.processing_class, scores, log=trainer.log, **options)
+        trainer.add_callback(samples)
+
+
+def evaluate(trainer: Any) -> dict[str, float]:
+    """Return the metrics on held-out rows at the end; they are not computed twice for the same step."""
+    if trainer.eval_dataset is None:
+        return {}
+    return trainer.evaluate()
+
+
+def describe(trainer: Any) -> dict[str, Any]:
+    """Return what a trainer ended up with: its parameters, in all and trainable, and its rows."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    trainable, total = model.get_nb_trainable_parameters() if hasattr(model, "get_nb_trainable_parameters") else (
+        sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
+    )  # fmt: skip
+    return {"parameters": {"total": total, "trainable": trainable}, "rows": len(trainer.train_dataset)}
+
+
+def push(trainer: Any, run_dir: Path) -> None:
+    """Upload ``model/`` where ``trainer.push_to_hub`` asks for it."""
+    if trainer.args.push_to_hub:
+        from huggingface_hub import HfApi
+
+        HfApi(token=trainer.args.hub_token).upload_folder(
+            repo_id=trainer.hub_model_id, folder_path=run_dir / "model", revision=trainer.args.hub_revision
+        )

@@ -1,0 +1,24 @@
+import os
+
+# Before any library reads them: no hub, no telemetry, and one thread, which small models like best.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+from pathlib import Path
+
+import pytest
+from tiny import save_tiny
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny_llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def neox_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny_neox", "neox")

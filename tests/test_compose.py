@@ -1,0 +1,136 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from runner import compose
+from runner.errors import ConfigError
+
+
+def refusal(*overrides, **options):
+    with pytest.raises(ConfigError) as error:
+        compose.compose(list(overrides), **options)
+    return str(error.value)
+
+
+def write_recipe(folder, text):
+    (folder / "experiment").mkdir(exist_ok=True)
+    (folder / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}")
+    return {"config_dir": str(folder)}
+
+
+def test_a_field_that_the_file_does_not_name_is_set_without_plus():
+    config = compose.compose(["trainer.adam_beta2=0.95", "peft.use_rslora=true"]).config
+    assert config["trainer"]["adam_beta2"] == 0.95
+    assert config["peft"]["use_rslora"] is True
+
+
+@pytest.mark.parametrize(
+    ("overrides", "answer"),
+    [
+        (["trainer=dpo", "trainer.bta=0.2"], "did you mean trainer.beta (group trainer)"),
+        (["trainer.max_seq_length=9"], "use trainer.max_length"),
+        (["trainer.evaluation_strategy=no"], "use trainer.eval_strategy"),
+        (["learning_rate=1"], "did you mean trainer.learning_rate"),
+        (["modle=qwen0.5b"], "did you mean model="),
+        (["model.nam_or_path=x"], "did you mean model.name_or_path"),
+        (["trainer.lora_alpha=3"], "did you mean peft.lora_alpha"),
+        (["trainer=sft", "trainer.beta=0.1"], "trainer=dpo"),
+        (["peft=none", "peft.r=3"], "peft=none"),
+        (["dataset.max_vlue=3"], "did you mean dataset.max_value"),
+        (["reward=format", "reward.patern=x"], "did you mean reward.pattern"),
+        (
+            ["+reward.terms.a.function=length", "reward.terms.a.wieght=1"],
+            "did you mean reward.terms.a.weight",
+        ),
+        (["samples.row=3"], "did you mean samples.rows"),
+        (["hydra.run.dri=x"], "did you mean hydra.run.dir"),
+        (["trainer=dppo"], "did you mean trainer=dpo"),
+        (["experiment=article_sfd"], "did you mean experiment=article_sft"),
+        (["trainer.output_dir=x"], "Use output_dir="),
+    ],
+)
+def test_a_wrong_key_is_refused_with_the_nearest_right_one(overrides, answer):
+    message = refusal(*overrides)
+    assert answer in message
+    assert "+" not in message.replace("++", "")
+
+
+@pytest.mark.parametrize(
+    ("override", "answer"),
+    [
+        ("trainer.learning_rate=fast", "takes float, found 'fast'"),
+        ("trainer.max_steps=1.5", "takes int, found 1.5"),
+        ("trainer.eval_strategy=sometimes", "no | steps | epoch"),
+        ("trainer.bf16=3", "takes bool"),
+        ("model.dtype=float8", "bfloat16"),
+        ("dataset.bad_rows=ignore", "'fail', 'drop'"),
+        ("peft.target_modules=3", "target_modules takes"),
+        ("dataset.train_rows=many", "takes int"),
+        ("seed=null", "seed takes int"),
+    ],
+)
+def test_a_wrong_type_says_what_was_expected(override, answer):
+    assert answer in refusal(override)
+
+
+def test_all_faults_come_at_once():
+    message = refusal("trainer.bta=1", "model.dtype=float8", "peft.rr=2")
+    assert message.startswith("3 faults:")
+    assert all(path in message for path in ("trainer.bta", "model.dtype", "peft.rr"))
+
+
+def test_a_misspelt_key_in_a_recipe_is_refused_too(tmp_path):
+    where = write_recipe(tmp_path, "defaults:\n  - override /trainer: dpo\ntrainer:\n  bta: 0.2\n")
+    assert "did you mean trainer.beta" in refusal("experiment=mine", **where)
+
+
+def test_a_recipe_that_is_no_yaml_names_its_line(tmp_path):
+    where = write_recipe(tmp_path, "trainer: [1, 2\nseed: 3\n")
+    assert "line" in refusal("experiment=mine", **where)
+
+
+def test_a_missing_value_says_what_to_type():
+    assert "dataset.path" in refusal("dataset=local")
+
+
+def test_a_sweep_is_checked_value_by_value():
+    cells = compose.expand_sweep(["trainer=sft,dpo", "trainer.learning_rate=1e-5,1e-4", "seed=1"])
+    assert cells == [
+        ["seed=1", "trainer=sft", "trainer.learning_rate=1e-05"],
+        ["seed=1", "trainer=dpo", "trainer.learning_rate=1e-05"],
+        ["seed=1", "trainer=sft", "trainer.learning_rate=0.0001"],
+    ]
+
+
+def test_a_run_directory_is_never_taken_twice(tmp_path):
+    names = [compose.claim(tmp_path / "run").name for _ in range(3)]
+    assert names == ["run", "run_2", "run_3"]
+
+
+def test_overrides_may_stand_on_both_sides_of_an_option():
+    assert compose.parse_arguments(["seed=1", "-m", "trainer=sft,dpo"]).overrides == [
+        "seed=1",
+        "trainer=sft,dpo",
+    ]
+
+
+def test_a_mistyped_option_is_refused():
+    with pytest.raises(ConfigError, match="--multirn"):
+        compose.parse_arguments(["--multirn", "seed=1"])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["trainer=dpo", "trainer.bta=0.2"]])
+def test_what_needs_no_torch_imports_none(arguments, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, atexit\natexit.register(lambda: sys.stderr.write(f\"TORCH {'torch' in sys.modules}\"))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "runner", *arguments],
+        capture_output=True, text=True, env=environment, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert "TORCH False" in done.stderr
+    assert done.returncode == (2 if "trainer.bta=0.2" in arguments else 0)
+    assert not (tmp_path / "outputs").exists()

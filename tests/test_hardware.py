@@ -1,0 +1,110 @@
+import pytest
+import torch
+
+from runner import hardware
+from runner.hardware import (
+    cores,
+    describe,
+    device_type,
+    quantization_defaults,
+    trainer_defaults,
+    weights_dtype,
+)
+
+
+@pytest.fixture
+def cpu_only(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A machine with a GPU; the test says whether it computes in bfloat16."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+
+    def with_bf16(native):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+
+    return with_bf16
+
+
+def test_on_a_cpu_training_is_float32_and_nothing_is_recomputed_or_pinned(cpu_only):
+    chosen = trainer_defaults({})
+    assert chosen == {
+        "bf16": False,
+        "fp16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+    }
+
+
+@pytest.mark.parametrize("listed", ["model name : A\nflags : fpu avx512f avx512_bf16_not\n", ""])
+def test_a_cpu_that_emulates_bfloat16_is_not_said_to_have_it(cpu_only, monkeypatch, tmp_path, listed):
+    (tmp_path / "cpuinfo").write_text(listed)
+    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
+    assert describe()["bf16"] is False
+
+
+def test_a_gpu_with_bfloat16_uses_it_and_keeps_trls_checkpointing(cuda):
+    cuda(True)
+    assert trainer_defaults({}) == {"bf16": True, "fp16": False}
+
+
+def test_an_older_gpu_uses_float16(cuda):
+    cuda(False)
+    assert trainer_defaults({}) == {"bf16": False, "fp16": True}
+
+
+def test_bfloat16_on_a_cpu_is_there_for_who_types_it(cpu_only):
+    assert not {"bf16", "fp16"} & set(trainer_defaults({"bf16": True}))
+
+
+def test_what_a_person_typed_is_not_chosen(cuda):
+    cuda(True)
+    assert trainer_defaults({"bf16": False}) == {"fp16": False}
+    assert trainer_defaults({"fp16": True}) == {}  # not bf16=True beside it, which would be refused
+    assert trainer_defaults({"bf16": None}) == {"bf16": True, "fp16": False}
+
+
+def test_a_gpu_that_is_not_used_does_not_set_the_precision(cuda):
+    cuda(True)
+    chosen = trainer_defaults({"use_cpu": True})
+    assert (chosen["bf16"], chosen["fp16"]) == (False, False)
+    assert chosen["gradient_checkpointing"] is False
+    assert "use_cpu" not in chosen
+
+
+def test_the_defaults_make_valid_training_arguments(tmp_path):
+    from trl import SFTConfig
+
+    args = SFTConfig(output_dir=str(tmp_path), report_to="none", **trainer_defaults({}))
+    assert args.device.type == device_type()
+
+
+def test_weights_that_train_are_float32_and_frozen_ones_follow_the_gpu(cuda):
+    cuda(True)
+    assert weights_dtype("auto", frozen=False, device="cuda") == "float32"
+    assert weights_dtype("auto", frozen=True, device="cuda") == "bfloat16"
+    assert weights_dtype("auto", frozen=True, device="cpu") == "float32"
+    assert weights_dtype("float16", frozen=True, device="cuda") == "float16"
+    cuda(False)
+    assert weights_dtype("auto", frozen=True, device="cuda") == "float32"
+
+
+def test_4_bit_weights_compute_in_what_the_device_does_well(cuda):
+    cuda(True)
+    assert quantization_defaults({}) == {"bnb_4bit_compute_dtype": "bfloat16"}
+    assert quantization_defaults({"bnb_4bit_compute_dtype": None}) == {"bnb_4bit_compute_dtype": "bfloat16"}
+    assert quantization_defaults({"bnb_4bit_compute_dtype": "float16"}) == {}
+    assert quantization_defaults({}, use_cpu=True) == {"bnb_4bit_compute_dtype": "float32"}
+    cuda(False)
+    assert quantization_defaults({}) == {"bnb_4bit_compute_dtype": "float32"}
+
+
+def test_the_machine_is_described():
+    found = describe()
+    assert found["device"] == device_type()
+    assert found["cores"] == cores() >= 1
+    assert found["cpu"]
+    assert bool(found["accelerators"]) == (found["device"] != "cpu")

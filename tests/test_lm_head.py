@@ -1,0 +1,157 @@
+import pytest
+import torch
+from datasets import Dataset
+from tiny import tiny_model, tiny_tokenizer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.kernels import chunked_logprob
+from trl.trainer import utils
+
+from runner.lm_head import compact_lm_head
+
+FIELDS = ("log_probs", "entropy", "is_top1")
+COMMON = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+PROMPTS = ["what is it", "and then there is one that is rather longer", "ok", "no"]
+
+
+@pytest.fixture(autouse=True)
+def upstream(monkeypatch):
+    """Start from TRL as installed, and leave it so."""
+    monkeypatch.setattr(utils, "_use_triton", chunked_logprob._use_triton)
+
+
+def fused(kind, temperature=0.7):
+    model = tiny_model(kind, tiny_tokenizer())
+    utils.add_fused_lm_head(model, temperature=temperature, outputs=FIELDS)
+    return model
+
+
+def masked_batch():
+    # Three rows of 10 tokens: a prompt of 4 without loss, padding of 3 without loss, and a row without any loss.
+    ids = torch.randint(7, 290, (3, 10), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, :4] = labels[1, 7:] = labels[2] = -100
+    attention = torch.ones_like(ids)
+    attention[1, 7:] = 0
+    return {"input_ids": ids, "attention_mask": attention, "labels": labels}
+
+
+def score(model):
+    model.zero_grad()
+    out = model(**masked_batch(), fused_lm_head=True)
+    out.loss.backward()
+    return out, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["llama", "neox"])
+def test_every_output_and_gradient_stays_the_same(kind):
+    before, gradients = score(fused(kind))
+    assert compact_lm_head()
+    after, compact_gradients = score(fused(kind))
+    for field in ("loss", *FIELDS):
+        torch.testing.assert_close(getattr(after, field), getattr(before, field), atol=1e-5, rtol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(compact_gradients[name], gradient, atol=1e-5, rtol=1e-5)
+
+
+def test_only_supervised_positions_are_scored(monkeypatch):
+    scored = []
+
+    class Counting(utils._ChunkedLogProbFunction):
+        @staticmethod
+        def forward(ctx, hidden, *rest):
+            scored.append(hidden.shape[0])
+            return utils_function.forward(ctx, hidden, *rest)
+
+    utils_function = utils._ChunkedLogProbFunction
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Counting)
+    score(fused("llama"))
+    compact_lm_head()
+    score(fused("llama"))
+    # Next-token labels: 3 x 9 in all; row 0 has tokens 4..9 = 6, row 1 tokens 1..6 = 6, row 2 none.
+    assert scored == [27, 12]
+
+
+def test_a_batch_without_any_label_still_has_a_gradient_of_zero():
+    compact_lm_head()
+    model = fused("llama")
+    batch = masked_batch()
+    batch["labels"][:] = -100
+    out = model(**batch, fused_lm_head=True)
+    out.loss.backward()
+    assert out.loss.item() == 0
+    assert not any(p.grad is not None and p.grad.abs().sum() for p in model.parameters())
+
+
+def test_the_choice_of_kernels_stays_upstreams():
+    before = chunked_logprob._use_triton
+    compact_lm_head()
+    assert chunked_logprob._use_triton is before
+    assert not chunked_logprob._use_triton(torch.device("cpu"))
+    assert utils._use_triton(torch.device("cpu"))
+    assert not utils._use_triton(torch.device("hpu"))  # compiles for each shape
+
+
+def test_it_is_replaced_once():
+    assert compact_lm_head()
+    first = utils._use_triton
+    assert compact_lm_head()
+    assert utils._use_triton is first
+
+
+@pytest.mark.parametrize("change", ["version", "name", "source"])
+def test_a_trl_that_was_not_read_keeps_its_own_way(monkeypatch, change):
+    if change == "version":
+        monkeypatch.setattr("runner.lm_head.version", lambda name: "1.17.0")
+    elif change == "name":
+        monkeypatch.delattr(utils, "_use_triton")
+    else:
+        monkeypatch.setattr("inspect.getsource", lambda module: "_use_triton(a)\n_use_triton(b)")
+    kept = getattr(utils, "_use_triton", None)
+    assert not compact_lm_head()
+    assert getattr(utils, "_use_triton", None) is kept
+
+
+def sft_losses(tmp_path):
+    rows = [{"prompt": p, "completion": f" {p[::-1]}"} for p in PROMPTS]
+    trainer = SFTTrainer(
+        model=tiny_model("llama", tiny_tokenizer()),
+        args=SFTConfig(output_dir=str(tmp_path), completion_only_loss=True, **COMMON),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def dpo_losses(tmp_path):
+    rows = [{"prompt": p, "chosen": f" {p[::-1]}", "rejected": " the end"} for p in PROMPTS]
+    trainer = DPOTrainer(
+        model=tiny_model("llama", tiny_tokenizer()),
+        ref_model=tiny_model("llama", tiny_tokenizer(), seed=1),
+        args=DPOConfig(output_dir=str(tmp_path), beta=0.5, **COMMON),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("losses", [sft_losses, dpo_losses])
+def test_training_losses_stay_the_same(tmp_path, losses):
+    before = losses(tmp_path / "upstream")
+    assert compact_lm_head()
+    assert losses(tmp_path / "compact") == pytest.approx(before, abs=1e-5)
+    assert len(before) == 2
+    assert before[0] != before[1]

@@ -1,0 +1,278 @@
+"""Whole runs on tiny models: what a person does, and what they find afterwards."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import save_tiny
+
+from runner import compose, manifest
+from runner.__main__ import write_run
+from runner.config import option_names
+from runner.errors import ConfigError, RunStopped
+from runner.run import run
+
+SMALL = [
+    "dataset.train_rows=16",
+    "dataset.eval_rows=4",
+    "dataset.max_value=9",
+    "samples.rows=2",
+    "samples.max_new_tokens=4",
+]
+QUICK = ["trainer.max_steps=2", "trainer.warmup_steps=0", "trainer.logging_steps=1"]
+BATCH = ["trainer.per_device_train_batch_size=4", "trainer.per_device_eval_batch_size=4"]
+ONLINE = {"grpo", "rloo"}
+
+
+def start(tmp_path, *overrides, data=SMALL, name="run"):
+    """Compose, check and run like ``python -m runner``; returns the run directory and the metrics."""
+    composed = compose.compose([*data, *QUICK, *BATCH, *overrides, f"output_dir={tmp_path / name}"])
+    run_dir = compose.claim(composed.run_dir)
+    write_run(run_dir, composed.config, composed.choices, list(overrides))
+    return run_dir, run(run_dir)
+
+
+def extras(trainer):
+    """The settings that make a trainer small, and give random models something to learn from."""
+    if trainer not in ONLINE:
+        return []
+    return ["reward=unique_chars", "trainer.num_generations=2", "trainer.max_completion_length=6"]
+
+
+def lines(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir):
+    return [line["loss"] for line in lines(run_dir) if "loss" in line]
+
+
+def reload(run_dir, peft, trainer):
+    """Load what was saved with transformers and peft alone."""
+    import peft as peft_library
+    import transformers
+
+    reward = trainer == "reward"
+    if peft == "none":
+        cls = transformers.AutoModelForSequenceClassification if reward else transformers.AutoModelForCausalLM
+    else:
+        cls = peft_library.AutoPeftModelForSequenceClassification if reward else peft_library.AutoPeftModelForCausalLM
+    labels = {"num_labels": 1} if reward else {}
+    return cls.from_pretrained(run_dir / "model", **labels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama_dir", "neox_dir"])
+@pytest.mark.parametrize("peft", ["none", "lora"])
+@pytest.mark.parametrize("trainer", option_names("trainer"))
+def test_every_trainer_trains_saves_and_reloads(trainer, peft, kind, request, tmp_path):
+    base = request.getfixturevalue(kind)
+    run_dir, metrics = start(
+        tmp_path, f"trainer={trainer}", f"model.name_or_path={base}", f"peft={peft}", "trainer.learning_rate=1e-2",
+        *extras(trainer),
+    )  # fmt: skip
+    assert len(losses(run_dir)) == 2
+    assert all(math.isfinite(loss) for loss in losses(run_dir))
+    assert math.isfinite(metrics["eval_loss"])
+    assert manifest.read(run_dir)["status"] == "completed"
+    for name in (
+        "config.yaml",
+        "samples.jsonl",
+        "report.html",
+        "curves.png",
+        "model/README.md",
+        "checkpoints/checkpoint-2",
+    ):
+        assert (run_dir / name).exists() or (trainer == "reward" and name == "samples.jsonl"), name
+
+    saved = load_file(run_dir / "model" / ("model.safetensors" if peft == "none" else "adapter_model.safetensors"))
+    if peft == "lora":
+        assert any(tensor.abs().sum() > 0 for key, tensor in saved.items() if "lora_B" in key)
+        assert trainer != "reward" or any("score" in key for key in saved)
+    else:
+        before = load_file(base / "model.safetensors")
+        assert any(not torch.equal(tensor, saved[key]) for key, tensor in before.items() if key in saved)
+    state = reload(run_dir, peft, trainer).state_dict()
+    wanted = {key.replace("lora_B.weight", "lora_B.default.weight"): tensor for key, tensor in saved.items()}
+    shared = [key for key in wanted if key in state and (peft == "none" or "lora_B" in key)]
+    assert len(shared) > 5
+    for key in shared:
+        torch.testing.assert_close(state[key], wanted[key])
+
+
+@pytest.mark.slow
+def test_lora_leaves_the_base_as_it_was(llama_dir, tmp_path):
+    before = (llama_dir / "model.safetensors").read_bytes()
+    run_dir, _ = start(tmp_path, f"model.name_or_path={llama_dir}", "trainer.learning_rate=1e-2")
+    assert (llama_dir / "model.safetensors").read_bytes() == before
+    assert all("lora" in key for key in load_file(run_dir / "model" / "adapter_model.safetensors"))
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_curve_bit_for_bit(llama_dir, tmp_path):
+    curves = [losses(start(tmp_path, f"model.name_or_path={llama_dir}", name=name)[0]) for name in "ab"]
+    other = losses(start(tmp_path, f"model.name_or_path={llama_dir}", "seed=1", name="c")[0])
+    assert curves[0] == curves[1] != other
+
+
+@pytest.mark.slow
+def test_accumulation_does_not_change_the_loss(llama_dir, tmp_path):
+    base = [f"model.name_or_path={llama_dir}", "trainer.max_steps=3"]
+    whole, _ = start(tmp_path, *base, "trainer.per_device_train_batch_size=4", name="whole")
+    parts, _ = start(
+        tmp_path, *base, "trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=4", name="parts"
+    )
+    assert losses(parts) == pytest.approx(losses(whole), abs=2e-4)  # logs are rounded to four digits
+
+
+@pytest.mark.slow
+def test_the_saved_tokenizer_gives_the_tokens_of_the_training(tmp_path):
+    from transformers import AutoTokenizer
+
+    from runner.models import load_tokenizer
+
+    bare = save_tiny(tmp_path / "bare", "llama", chat=False, pad=False)
+    run_dir, _ = start(tmp_path, f"model.name_or_path={bare}")
+    trained, saved = load_tokenizer(str(bare)), AutoTokenizer.from_pretrained(run_dir / "model")
+    chat = [{"role": "user", "content": "What is 1 + 2?"}, {"role": "assistant", "content": "3"}]
+    assert saved.apply_chat_template(chat) == trained.apply_chat_template(chat)
+    assert saved.pad_token == trained.pad_token != saved.eos_token
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", [o for o in option_names("peft") if o != "none"])
+def test_every_adapter_trains(option, llama_dir, tmp_path):
+    run_dir, _ = start(tmp_path, f"model.name_or_path={llama_dir}", f"peft={option}")
+    parameters = manifest.read(run_dir)["parameters"]
+    assert 0 < parameters["trainable"] < parameters["total"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["nf4", "int8"])
+def test_quantized_weights_train_under_an_adapter(option, llama_dir, tmp_path):
+    run_dir, _ = start(tmp_path, f"model.name_or_path={llama_dir}", f"quantization={option}", "trainer=dpo")
+    assert all(math.isfinite(loss) for loss in losses(run_dir))
+
+
+@pytest.mark.slow
+def test_rewards_are_summed_and_a_model_may_be_one_of_them(llama_dir, neox_dir, tmp_path):
+    judge, _ = start(tmp_path, "trainer=reward", "peft=none", f"model.name_or_path={neox_dir}", name="judge")
+    run_dir, _ = start(
+        tmp_path, "trainer=grpo", f"model.name_or_path={llama_dir}", *extras("grpo")[1:], "reward=sum",
+        "reward.terms.tidy.weight=0.5", "+reward@reward.terms.judge=model",
+        "model@reward.terms.judge.model=pythia160m", f"reward.terms.judge.model.name_or_path={judge / 'model'}",
+    )  # fmt: skip
+    logged = {key for line in lines(run_dir) for key in line if key.startswith("rewards/")}
+    assert {"rewards/right/mean", "rewards/tidy/mean"} <= logged
+    assert len([key for key in logged if key.endswith("/mean")]) == 3
+
+
+@pytest.mark.slow
+def test_a_reward_that_raises_stops_the_run_with_the_completion(llama_dir, tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(
+        "def broken(completions, **kwargs):\n    return [1 / 0 for _ in completions]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    overrides = [
+        "trainer=grpo",
+        f"model.name_or_path={llama_dir}",
+        *extras("grpo")[1:],
+        "reward.function=my_rewards.broken",
+    ]
+    with pytest.raises(ConfigError, match=r"allow_code=\[my_rewards.broken\]"):
+        start(tmp_path, *overrides, name="refused")
+    with pytest.raises(RunStopped, match="ZeroDivisionError"):
+        start(tmp_path, *overrides, "allow_code=[my_rewards.broken]", name="allowed")
+    record = manifest.read(tmp_path / "allowed")
+    assert record["status"] == "failed"
+    assert "completion:" in record["cause"]
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_is_stopped_with_its_cause(llama_dir, tmp_path):
+    with pytest.raises(RunStopped, match="not finite"):
+        start(
+            tmp_path, f"model.name_or_path={llama_dir}", "peft=none", "trainer.learning_rate=1e20",
+            "trainer.max_grad_norm=0", "trainer.max_steps=6",
+        )  # fmt: skip
+    assert manifest.read(tmp_path / "run")["status"] == "failed"
+
+
+def test_bad_rows_are_refused_before_any_weights_load(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": ""}\n')
+    with pytest.raises(ConfigError, match=r"rows.jsonl:2: completion is empty"):
+        start(
+            tmp_path,
+            "dataset=local",
+            f"dataset.path={rows}",
+            "dataset.eval=null",
+            "model.name_or_path=no/such",
+            data=[],
+        )
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", option_names("experiment"))
+def test_a_recipe_runs_on_local_folders(recipe, llama_dir, neox_dir, tmp_path):
+    tldr = [{"prompt": f"Post {i}", "completion": f" Short {i}"} for i in range(600)]
+    pairs = [{"prompt": f"Tell {i}", "chosen": f" a red {i}", "rejected": f" a {i}"} for i in range(600)]
+    write_jsonl(tmp_path / "rows" / "train.jsonl", tldr)
+    write_jsonl(tmp_path / "rows" / "validation.jsonl", tldr)
+    write_jsonl(tmp_path / "rows" / "descriptiveness.jsonl", pairs)
+    base = neox_dir if "ppo" in recipe else llama_dir
+    short = extras("grpo")[1:] if "grpo" in recipe else []
+    run_dir, _ = start(
+        tmp_path, f"experiment={recipe}", f"model.name_or_path={base}", f"dataset.path={tmp_path / 'rows'}", *short,
+        data=["samples.rows=2", "samples.max_new_tokens=4"],
+    )  # fmt: skip
+    assert manifest.read(run_dir)["data"]["train"]["rows_kept"] == 500
+
+
+def command(tmp_path, *words):
+    return subprocess.run(
+        [sys.executable, "-m", "runner", *words],
+        cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_sweep_gives_each_job_a_directory(llama_dir, tmp_path):
+    done = command(
+        tmp_path, "-m", "trainer=sft,dpo", "trainer.learning_rate=1e-5,1e-4", f"model.name_or_path={llama_dir}",
+        *SMALL, *QUICK, *BATCH,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = sorted(tmp_path.glob("outputs/sweeps/*/*/*/manifest.json"))
+    assert [path.parent.name for path in found] == ["0", "1", "2", "3"]
+    seen = [(m["choices"]["trainer"], m["status"]) for m in map(manifest.read, (p.parent for p in found))]
+    assert seen == [("sft", "completed")] * 2 + [("dpo", "completed")] * 2
+
+
+@pytest.mark.slow
+def test_what_a_person_can_mend_ends_with_exit_code_2_and_no_traceback(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes('{"text": "你好"}'.encode("gb18030"))
+    done = command(tmp_path, "dataset=local", "dataset.path=rows.jsonl", "dataset.eval=null")
+    assert done.returncode == 2
+    assert "iconv" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_guard_ends_a_run_with_exit_code_1(llama_dir, tmp_path):
+    done = command(
+        tmp_path, f"model.name_or_path={llama_dir}", *SMALL, *BATCH, "peft=none", "trainer.learning_rate=1e20",
+        "trainer.max_grad_norm=0", "trainer.warmup_steps=0",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
