@@ -179,19 +179,24 @@ def add_samples(
 
 
 def evaluate(trainer: Any) -> dict[str, float]:
-    """Return the metrics on held-out rows at the end; they are not computed twice for the same step."""
+    """Return the metrics on held-out rows at the end; what the last step computed already is not computed again."""
     if trainer.eval_dataset is None:
         return {}
-    return trainer.evaluate()
+    done: dict[str, float] = {}
+    for entry in trainer.state.log_history:
+        if entry["step"] == trainer.state.global_step:
+            done |= {key: value for key, value in entry.items() if key.startswith("eval_")}
+    return done or trainer.evaluate()
 
 
-def describe(trainer: Any) -> dict[str, Any]:
-    """Return what a trainer ended up with: its parameters, in all and trainable, and its rows."""
+def describe(trainer: Any) -> dict[str, int]:
+    """Return what a trainer ended up with: its parameters, those that train, and its rows."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    trainable, total = model.get_nb_trainable_parameters() if hasattr(model, "get_nb_trainable_parameters") else (
-        sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
-    )  # fmt: skip
-    return {"parameters": {"total": total, "trainable": trainable}, "rows": len(trainer.train_dataset)}
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    if hasattr(model, "get_nb_trainable_parameters"):  # peft counts packed 4-bit weights as what they stand for
+        trainable, total = model.get_nb_trainable_parameters()
+    return {"parameters": total, "trainable_parameters": trainable, "rows": len(trainer.train_dataset)}
 
 
 def push(trainer: Any, run_dir: Path) -> None:
