@@ -13,9 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 from runner import compose
 from runner.config import find_faults
 from runner.errors import ConfigError, RunStopped
-from runner.redaction import Scrubbing
+from runner.redaction import Scrubbing, scrub
 
 log = logging.getLogger("runner")
+
+typed = ["python", "-m", "runner", *sys.argv[1:]]  # before anything is rewritten
+failed: list[Exception] = []  # jobs of a sweep that ended early; the others go on
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
@@ -36,20 +39,37 @@ def task(composed: DictConfig) -> float | None:
         write_run(run_dir, config, choices, list(about.overrides.task))
         return start(run_dir)
     except (ConfigError, RunStopped) as error:
-        if about.mode == RunMode.MULTIRUN:  # the other jobs go on; Hydra reports the failed ones at the end
-            log.error("job %s: %s", about.job.num, error)
-            raise
         log.error("%s", error)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+        if about.mode == RunMode.MULTIRUN:
+            failed.append(error)
+            return None
+        sys.exit(exit_code(error))
+
+
+def exit_code(error: Exception) -> int:
+    """Return 2 for what a person can correct, 1 for a run that a guard ended."""
+    return 2 if isinstance(error, ConfigError) else 1
 
 
 def write_run(run_dir: Path, config: dict[str, Any], choices: dict[str, str], overrides: list[str]) -> None:
-    """Write what a run reads (``config.yaml``) and what it begins with (its manifest)."""
+    """Write what a run reads (``config.yaml``) and what it begins with (its manifest).
+
+    Raises:
+        ConfigError: The directory holds a run, or the config a secret.
+    """
     from runner import manifest
 
     config = {**config, "output_dir": str(run_dir)}
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(manifest.scrub(config))), "utf-8")
-    manifest.create(run_dir, argv=["python", "-m", "runner", *sys.argv[1:]], choices=choices, overrides=overrides)
+    if scrub(config) != config:
+        raise ConfigError("The config holds what looks like a secret, and it is written to disk: use the environment.")
+    try:
+        with (run_dir / "config.yaml").open("x", encoding="utf-8") as file:
+            file.write(OmegaConf.to_yaml(OmegaConf.create(config)))
+    except FileExistsError:
+        raise ConfigError(
+            f"{run_dir} holds a run already, and none is overwritten. Type another output_dir=..."
+        ) from None
+    manifest.create(run_dir, argv=typed, choices=choices, overrides=overrides)
 
 
 def start(run_dir: Path) -> float | None:
@@ -64,7 +84,6 @@ def start(run_dir: Path) -> float | None:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
-
     metrics = run(run_dir)
     return metrics.get("eval_loss")
 
@@ -82,6 +101,9 @@ def main() -> None:
         sys.stderr.write(f"runner: {error}\n")
         sys.exit(2)
     task()
+    if failed:
+        log.error("%d jobs of the sweep ended early", len(failed))
+        sys.exit(max(map(exit_code, failed)))
 
 
 def prepare(argv: list[str]) -> list[str]:
@@ -91,10 +113,14 @@ def prepare(argv: list[str]) -> list[str]:
         ConfigError: All faults found.
     """
     arguments = compose.parse_arguments(argv)
+    only_shown = arguments.help or arguments.cfg or arguments.info
+    if only_shown and not arguments.overrides:
+        return argv  # the defaults, which the tests check
+    if arguments.multirun and any(text.startswith("output_dir=") for text in arguments.overrides):
+        raise ConfigError("output_dir has no effect in a sweep, whose jobs need one each: type hydra.sweep.dir=...")
     where = {"config_dir": arguments.config_dir, "config_name": arguments.config_name or "config"}
     options = [text for text in argv if text not in arguments.overrides]
     overrides = compose.rewrite_overrides(arguments.overrides)
-    only_shown = arguments.help or arguments.cfg or arguments.info
     for cell in compose.expand_sweep(arguments.overrides) if arguments.multirun else [arguments.overrides]:
         checked = compose.compose(cell, **where)
     if not only_shown and not arguments.multirun:

@@ -4,11 +4,11 @@ import difflib
 import itertools
 import re
 from argparse import Namespace
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.config import CONF, find_faults, group_names
+from runner.config import CONF, find_faults, group_names, option_names
 from runner.errors import ConfigError
 from runner.safety import find_dangers
 
@@ -20,7 +20,6 @@ class Composed:
     config: dict[str, Any]  # resolved, without Hydra's own node
     choices: dict[str, str]  # group -> option
     run_dir: Path  # where Hydra would put the run; not made yet
-    typed: set[str] = field(default_factory=set)  # paths of the keys that the person typed
 
 
 def parse_arguments(argv: list[str]) -> Namespace:
@@ -28,6 +27,10 @@ def parse_arguments(argv: list[str]) -> Namespace:
     from hydra._internal.utils import get_args_parser
 
     arguments, rest = get_args_parser().parse_known_args(argv)
+    if arguments.config_path or arguments.experimental_rerun:
+        raise ConfigError(
+            "--config-path and --experimental-rerun cannot be used: add options with --config-dir=FOLDER."
+        )
     wrong = [text for text in rest if text.startswith("-") or "=" not in text]
     if wrong:
         raise ConfigError(f"Cannot read {' '.join(wrong)}: keys are written key=value; options are listed by --help.")
@@ -86,7 +89,7 @@ def compose(overrides: list[str], *, config_dir: str | None = None, config_name:
         config = _translated(lambda: _resolved(composed))
         if faults := find_faults(config, choices):
             raise ConfigError(_listed(faults))
-    return Composed(config, choices, run_dir, typed)
+    return Composed(config, choices, run_dir)
 
 
 def expand_sweep(overrides: list[str]) -> list[list[str]]:
@@ -94,14 +97,18 @@ def expand_sweep(overrides: list[str]) -> list[list[str]]:
 
     These few stand for the whole product when a sweep is checked before its first job.
     """
+    from hydra.core.override_parser.types import Glob
+
     overrides = [_quoted(text) for text in overrides]
     parsed = _parse(overrides)
     fixed = [text for text, item in zip(overrides, parsed, strict=True) if not item.is_sweep_override()]
     axes = []
     for item in parsed:
         if item.is_sweep_override():
-            key = item.get_key_element()
-            axes.append([f"{key}={value}" for value in item.sweep_string_iterator()])
+            key, value = item.get_key_element(), item.value()
+            globbed = isinstance(value, Glob)
+            values = value.filter(option_names(item.key_or_group)) if globbed else item.sweep_string_iterator()
+            axes.append([f"{key}={value}" for value in values])
     first = [axis[0] for axis in axes]
     cells = [fixed + first]
     for position, axis in enumerate(axes):
@@ -117,6 +124,8 @@ def claim(run_dir: Path) -> Path:
             candidate.mkdir(parents=True)
         except FileExistsError:
             continue
+        except OSError as error:
+            raise ConfigError(f"output_dir={candidate} cannot be made: {error}. Type another output_dir=...") from error
         return candidate
     raise AssertionError("unreachable")
 
@@ -124,8 +133,9 @@ def claim(run_dir: Path) -> Path:
 def _quoted(text: str) -> str:
     """Quote a value that Hydra's grammar has no word for: a slice such as ``train[:500]``, or a path in Chinese."""
     key, equals, value = text.partition("=")
-    odd = re.fullmatch(r"\w+\[[^\[\],]*\](\+\w+(\[[^\[\],]*\])?)*", value) or not value.isascii()
-    return f'{key}="{value}"' if equals and odd and not value.startswith(("'", '"')) else text
+    is_slice = re.fullmatch(r"\w+\[[^\[\],]*\](\+\w+(\[[^\[\],]*\])?)*", value)
+    is_foreign = not value.isascii() and not set(value) & set(",[]{}()'\"")
+    return f'{key}="{value}"' if equals and (is_slice or is_foreign) else text
 
 
 def _parse(overrides: list[str]) -> list[Any]:

@@ -25,6 +25,10 @@ OWNED = {
     "trainer.chat_template_path": "model.chat_template=...",
     "trainer.pad_token": "model.pad_token=...",
     "trainer.reward_weights": "reward.terms.<name>.weight=...",
+    "trainer.resume_from_checkpoint": "nothing: a run starts from its model",
+    "trainer.do_train": "nothing: a run trains",
+    "trainer.do_eval": "dataset.eval=null for no evaluation",
+    "trainer.do_predict": "samples.rows=...",
     "trainer.hub_token": "the environment variable HF_TOKEN: a config is written to disk",
     "peft.task_type": "nothing: it follows from the trainer",
     "peft.base_model_name_or_path": "model.name_or_path=...",
@@ -51,7 +55,6 @@ RENAMED = {
     "lora_r": "peft.r",
     "lora_target_modules": "peft.target_modules",
     "use_peft": "peft=lora",
-    "max_prompt_length": "dataset.too_long (what to do with rows over trainer.max_length)",
 }
 
 

@@ -145,7 +145,12 @@ def load_policy(
 
 
 def load_classifier(
-    name_or_path: str, *, tokenizer: "PreTrainedTokenizerBase", num_labels: int = 1, **options: Any
+    name_or_path: str,
+    *,
+    tokenizer: "PreTrainedTokenizerBase",
+    num_labels: int = 1,
+    trained: bool = False,
+    **options: Any,
 ) -> "PreTrainedModel":
     """Return a sequence classifier that fits ``tokenizer``; its score head is new where the model had none.
 
@@ -153,6 +158,7 @@ def load_classifier(
         name_or_path: A folder or a hub id; an adapter's folder gives its base with the adapter merged in.
         tokenizer: What ``load_tokenizer`` gave.
         num_labels: Scores for each sequence; a reward model has one.
+        trained: Whether it must have a score head already, as what scores others must.
         options: The other keywords of ``load_policy``.
 
     Raises:
@@ -167,6 +173,11 @@ def load_classifier(
         num_labels=num_labels,
         **options,
     )
+    if missing and trained:
+        raise ConfigError(
+            f"{name_or_path} cannot score answers: it has no score head (its files lack {', '.join(missing)}). Name a "
+            "reward model, for example what trainer=reward left: reward.model.name_or_path=<run>/model"
+        )
     if missing:
         logger.warning("%s has no score head: %s starts at random", name_or_path, ", ".join(missing))
     return model

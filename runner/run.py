@@ -58,7 +58,7 @@ def run(run_dir: Path) -> dict[str, float]:
         manifest.update(run_dir, **trainers.describe(trainer))
 
         result = trainer.train()
-        trainer.save_model(str(run_dir / "model"))
+        trainer.save_model(str(run_dir / "model"), _internal_call=True)  # publish uploads it
         metrics = {**result.metrics, **trainers.evaluate(trainer)}
         manifest.update(run_dir, metrics=metrics)
     publish(run_dir, trainer)
@@ -67,10 +67,16 @@ def run(run_dir: Path) -> dict[str, float]:
 
 def publish(run_dir: Path, trainer: Any) -> None:
     """Write the card, the curves and the report, push if asked to, and log the summary; none can undo the run."""
-    for step in (card.write_card, report.write_curves, report.write_page, lambda _: trainers.push(trainer, run_dir)):
+    steps = {
+        "card": lambda: card.write_card(run_dir),
+        "curves": lambda: report.write_curves(run_dir),
+        "report": lambda: report.write_page(run_dir),
+        "push": lambda: trainers.push(trainer, run_dir),
+    }
+    for name, step in steps.items():
         try:
-            step(run_dir)
+            step()
         except Exception as error:  # noqa: BLE001  the run is saved; what fails after it is logged and recorded
-            logger.warning("%s failed: %s", step.__name__, error)
-            manifest.update(run_dir, after={step.__name__: f"{type(error).__name__}: {error}"})
+            logger.warning("The %s failed: %s", name, error)
+            manifest.update(run_dir, after={name: f"{type(error).__name__}: {error}"})
     logger.info("%s", report.summary(run_dir))

@@ -11,14 +11,14 @@ from typing import Any
 SPECIAL = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 TARGETS_AT = {"trainer._target_", "peft._target_", "quantization._target_"}
 HYDRA_TARGETS = {
-    "hydra.launcher._target_": re.compile(
-        r"hydra\._internal\.core_plugins\.basic_launcher\.BasicLauncher"
-        r"|hydra_plugins\.hydra_(joblib|submitit|ray)_launcher\.\w+\.\w+Launcher"
-    ),
+    "hydra.launcher._target_": re.compile(r"hydra\._internal\.core_plugins\.basic_launcher\.BasicLauncher"),
     "hydra.sweeper._target_": re.compile(r"hydra\._internal\.core_plugins\.basic_sweeper\.BasicSweeper"),
 }
 LOGGING_CLASS = re.compile(r"logging\.(StreamHandler|FileHandler|NullHandler|Formatter)|colorlog\.ColoredFormatter")
 LOG_FILE = "${hydra.runtime.output_dir}/${hydra.job.name}.log"
+# What Hydra acts on itself: an interpolation there could bring in what was read, harmless, at another place.
+ACTED_ON = ("hydra.job_logging", "hydra.hydra_logging", "hydra.job.env_set", "hydra.launcher", "hydra.sweeper",
+            "hydra.callbacks")  # fmt: skip
 RESOLVERS = {"hydra", "now", "oc.env", "oc.select", "python_version"}
 READABLE_ENV = {
     "USER",
@@ -47,6 +47,8 @@ def find_dangers(config: dict[str, Any], typed: set[str]) -> list[str]:
             found += _target_danger(path, key, value)
         if isinstance(value, str):
             found += _interpolation_danger(path, value)
+        if path in {"hydra.mode", "hydra.sweeper.params"} and value and not any(t.startswith(path) for t in typed):
+            found.append(f"{path} is refused from a file: a sweep is started on the command line, with -m.")
         if path.startswith(("hydra.job_logging.", "hydra.hydra_logging.")):
             found += _logging_danger(path, key, value)
         if path.startswith("hydra.job.env_set.") and key not in SETTABLE_ENV:
@@ -78,6 +80,9 @@ def _target_danger(path: str, key: str, value: Any) -> list[str]:
 
 
 def _interpolation_danger(path: str, value: str) -> list[str]:
+    inside_hydra = path in {"hydra", "hydra.job"} or path.startswith(ACTED_ON)
+    if "${" in value and value != LOG_FILE and (inside_hydra or re.search(r"\$\{[^}:]*\$", value)):
+        return [f"{path}={value!r} is refused: no interpolation may stand here, or choose a resolver."]
     for resolver, argument in re.findall(r"\$\{\s*([\w.]+)\s*:([^}]*)", value):
         if resolver not in RESOLVERS:
             return [f"{path}={value!r} is refused: the resolver {resolver!r} is not one of {sorted(RESOLVERS)}."]

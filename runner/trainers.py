@@ -11,6 +11,8 @@ from runner import callbacks, evaluation, hardware, lm_head, models, rewards
 from runner.config import build, given, trainer_name
 from runner.errors import ConfigError
 
+TENSORBOARD_DIR = os.environ.get("TENSORBOARD_LOGGING_DIR")  # where the person wants all runs
+
 logger = logging.getLogger(__name__)
 
 
@@ -35,9 +37,16 @@ def build_arguments(node: dict[str, Any], run_dir: Path, *, evaluates: bool) -> 
         "logging_nan_inf_filter": node.get("logging_nan_inf_filter", False),  # a guard must see what is not finite
         "run_name": node.get("run_name") or run_dir.name,
     }
+    if node.get("push_to_hub"):  # at the end, from model/; see push
+        fixed |= {
+            "hub_model_id": node.get("hub_model_id") or run_dir.name,
+            "hub_strategy": node.get("hub_strategy") or "end",
+        }
     if not evaluates:
+        logger.info("There are no held-out rows: nothing is evaluated")
         fixed |= {"eval_strategy": "no", "eval_on_start": False}
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run_dir / "tensorboard"))
+    if not TENSORBOARD_DIR:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir / "tensorboard")
     return build(node, **chosen, **fixed), chosen
 
 
@@ -50,6 +59,9 @@ def load_model(name: str, tokenizer: Any, config: dict[str, Any], arguments: Any
     Raises:
         ConfigError: It cannot be loaded, or the adapter does not fit it.
     """
+    from transformers import set_seed
+
+    set_seed(config["trainer"]["seed"])  # of new weights, such as a score head
     adapter = models.peft_for(build(config["peft"]), trainer=name) if config["peft"] else None
     quantization = None
     if node := config["quantization"]:
@@ -103,7 +115,11 @@ def build_trainer(
     if "reward_funcs" in asked:
         parts |= {"reward_funcs": scoring.functions, "reward_processing_classes": scoring.tokenizers}
         arguments.reward_weights = scoring.weights
-    if "ref_model" in asked and not adapter and not arguments.precompute_ref_log_probs:
+    if not adapter and getattr(arguments, "beta", None) and "ref_model" not in asked:
+        # what these trainers load again as their reference must be what the policy was
+        arguments.model_init_kwargs = {key: config["model"].get(key) for key in ("revision", "trust_remote_code")}
+        arguments.model_init_kwargs = {k: v for k, v in arguments.model_init_kwargs.items() if v} or None
+    if "ref_model" in asked and not adapter and not getattr(arguments, "precompute_ref_log_probs", False):
         parts["ref_model"], _ = load_model(trainer_name(config["trainer"]["_target_"]), tokenizer, config, arguments)
     lm_head.compact_lm_head()
     try:
@@ -118,7 +134,8 @@ def build_trainer(
         )
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"{cls.__name__} refuses this config: {error}") from error
-    models.keep_float32(trainer.model)
+    if adapter or arguments.fp16:
+        models.keep_float32(trainer.model)
     trainer.remove_callback(PrinterCallback)  # Progress says it in one line
     return trainer
 
@@ -146,7 +163,8 @@ def load_rewards(config: dict[str, Any], *, columns: set[str], online: bool) -> 
         if not online:
             raise ConfigError("a reward model scores only the answers of trainers that optimise it")
         tokenizer = models.load_tokenizer(**given(models.load_tokenizer, node))
-        return models.load_classifier(tokenizer=tokenizer, **given(models.load_policy, node)), tokenizer
+        options = given(models.load_policy, node)
+        return models.load_classifier(tokenizer=tokenizer, trained=True, adapter=True, **options), tokenizer
 
     allowed = [*config["allow_code"], *os.environ.get("RUNNER_ALLOW_CODE", "").split(",")]
     try:
@@ -185,18 +203,32 @@ def evaluate(trainer: Any) -> dict[str, float]:
     done: dict[str, float] = {}
     for entry in trainer.state.log_history:
         if entry["step"] == trainer.state.global_step:
-            done |= {key: value for key, value in entry.items() if key.startswith("eval_")}
+            # the best checkpoint's weights are not those that were evaluated
+            done |= (
+                {}
+                if trainer.args.load_best_model_at_end
+                else {key: value for key, value in entry.items() if key.startswith("eval_")}
+            )
     return done or trainer.evaluate()
 
 
-def describe(trainer: Any) -> dict[str, int]:
-    """Return what a trainer ended up with: its parameters, those that train, and its rows."""
+def describe(trainer: Any) -> dict[str, Any]:
+    """Return what a trainer ended up with: its parameters, those that train, its rows, and how weights are kept."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     if hasattr(model, "get_nb_trainable_parameters"):  # peft counts packed 4-bit weights as what they stand for
         trainable, total = model.get_nb_trainable_parameters()
-    return {"parameters": total, "trainable_parameters": trainable, "rows": len(trainer.train_dataset)}
+    return {
+        "parameters": total,
+        "trainable_parameters": trainable,
+        "rows": len(trainer.train_dataset),
+        "weights": {
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "attention": model.config._attn_implementation,
+            "commit": getattr(model.config, "_commit_hash", None),
+        },
+    }
 
 
 def push(trainer: Any, run_dir: Path) -> None:

@@ -22,6 +22,12 @@ HOSTILE = {
     "an environment variable set": "hydra: {job: {env_set: {PATH: /tmp}}}",
     "a secret read": "output_dir: 'outputs/${oc.env:HF_TOKEN}'",
     "an unknown resolver": "output_dir: '${oc.create:x}'",
+    "logging by interpolation": "trainer: {gradient_checkpointing_kwargs: {'()': os._exit, status: 7}}\n"
+    "hydra: {job_logging: {handlers: {file: '${trainer.gradient_checkpointing_kwargs}'}}}",
+    "environment by interpolation": "dataset: {rename: {PATH: /tmp}}\nhydra: {job: {env_set: '${dataset.rename}'}}",
+    "a resolver by interpolation": "model: {revision: env}\noutput_dir: 'outputs/${oc.${model.revision}:HF_TOKEN}'",
+    "a sweep of its own": "hydra: {mode: MULTIRUN, sweeper: {params: {seed: '1,2'}}}",
+    "a launcher with shell lines": "hydra: {launcher: {_target_: hydra_plugins.hydra_submitit_launcher.a.Slurm}}",
     "remote code": "model: {trust_remote_code: true}",
     "code of its own": "allow_code: [os.system]",
 }
