@@ -64,11 +64,11 @@ def trl_command(job: str, data: Path, out: Path, steps: int, *, checkpointing: b
 
 
 def losses(output: str, out: Path) -> list[float]:
-    """Return the loss of every step: from our metrics, or from what TRL prints."""
+    """Return the loss of every step to four digits, which is what TRL prints."""
     if (out / "metrics.jsonl").exists():
         logs = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-        return [round(log["loss"], 4) for log in logs if "loss" in log]
-    return [round(float(x), 4) for x in re.findall(r"'loss': '?([\d.eE+-]+)", output)]
+        return [float(f"{log['loss']:.4g}") for log in logs if "loss" in log]
+    return [float(f"{float(x):.4g}") for x in re.findall(r"'loss': '?([\d.eE+-]+)", output)]
 
 
 def main() -> None:
@@ -77,10 +77,12 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5, help="of the long job; the short one has one step")
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--job", choices=list(JOBS), nargs="+", default=list(JOBS))
     arguments = parser.parse_args()
     rows, _ = arithmetic(train_rows=arguments.rows, eval_rows=10, seed=0)
     with tempfile.TemporaryDirectory() as scratch:
-        for job, columns in (("sft", ["prompt", "completion"]), ("dpo", ["prompt", "chosen", "rejected"])):
+        for job in arguments.job:
+            columns = ["prompt", "completion"] if job == "sft" else ["prompt", "chosen", "rejected"]
             data = write_rows(Path(scratch, job), rows, columns)
             compare(job, data, Path(scratch), arguments.runs, arguments.steps)
 

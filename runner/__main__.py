@@ -36,7 +36,7 @@ def task(composed: DictConfig) -> float | None:
     try:
         if faults := find_faults(config, choices):
             raise ConfigError("\n".join(faults))
-        write_run(run_dir, config, choices, list(about.overrides.task))
+        write_run(run_dir, config, choices, [text.removeprefix("++") for text in about.overrides.task])
         return start(run_dir)
     except (ConfigError, RunStopped) as error:
         log.error("%s", error)

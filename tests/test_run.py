@@ -232,7 +232,7 @@ def write_jsonl(path, rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", option_names("experiment"))
+@pytest.mark.parametrize("recipe", [name for name in option_names("experiment") if name.startswith("article")])
 def test_a_recipe_runs_on_local_folders(recipe, llama_dir, neox_dir, tmp_path):
     tldr = [{"prompt": f"Post {i}", "completion": f" Short {i}"} for i in range(600)]
     pairs = [{"prompt": f"Tell {i}", "chosen": f" a red {i}", "rejected": f" a {i}"} for i in range(600)]
