@@ -21,9 +21,9 @@ _COMMUTES = ("+", "*")
 
 def arithmetic(
     *,
-    train_rows: int = 320,
+    train_rows: int = 240,
     eval_rows: int = 100,
-    max_value: int = 30,
+    max_value: int = 20,
     operations: Sequence[str] = ("+",),
     seed: int = 0,
 ) -> tuple[list[Row], list[Row]]:

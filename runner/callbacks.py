@@ -1,6 +1,6 @@
-"""What watches a training: a line per log in metrics.jsonl, guards that end a hopeless run, progress on the terminal.
+"""What watches a training: metrics.jsonl, samples of rollouts, guards that end a hopeless run, progress.
 
-One output each; all three are given to the trainer's constructor.
+One output each; all are given to the trainer's constructor.
 """
 
 import json
@@ -18,7 +18,8 @@ from runner.errors import RunStopped
 
 CHUNK = 1 << 20  # elements of a parameter that are summed at a time
 SHOWN = (  # what a line of progress has room for, in this order; the rest is in metrics.jsonl
-    *("loss", "reward", "rewards/accuracies", "rewards/margins", "accuracy", "margin", "kl"),
+    *("loss", "reward", "objective/scores", "objective/kl", "rewards/accuracies", "rewards/margins", "accuracy"),
+    *("margin", "kl", "val/explained_variance"),
     *("completions/mean_length", "mean_token_accuracy", "grad_norm", "learning_rate"),
 )
 
@@ -44,6 +45,22 @@ class MetricsWriter(TrainerCallback):
         text = json.dumps({key: _plain(value) for key, value in line.items()}, ensure_ascii=False, allow_nan=False)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
+
+
+class RolloutSamples(TrainerCallback):
+    """Append what a trainer shows of each rollout to samples.jsonl: prompts, completions, scores.
+
+    Their lines have the number of the rollout, which answers to held-out prompts have not.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.path = Path(run_dir) / "samples.jsonl"
+
+    def on_samples(self, args: Any, state: Any, control: Any, *, samples: list[dict[str, Any]]) -> None:
+        """Write one line for each sample."""
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
 
 
 class Guards(TrainerCallback):

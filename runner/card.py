@@ -31,10 +31,12 @@ def _card(run: report.Run) -> str:
     shown_base = f"[{base}](https://huggingface.co/{base})" if base else f"`{_basename(named)}`, a local model"
     dataset = str((run.config.get("dataset") or {}).get("path") or "")
     reward = names["trainer"] == "reward"
+    target = str((run.config.get("trainer") or {}).get("_target_"))
+    library = ["trl"] if target.startswith("trl.") else []
     front: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-classification" if reward else "text-generation",
-        "tags": ["trl", names["trainer"], *(["lora"] if adapter and "lora" in names["peft"].lower() else [])],
+        "tags": [*library, names["trainer"], *(["lora"] if adapter and "lora" in names["peft"].lower() else [])],
     }
     if base:
         front |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}

@@ -78,6 +78,9 @@ def find_faults(config: dict[str, Any], choices: dict[str, str]) -> list[str]:
             known |= {f"{group}.{key}": field for key, field in _group_fields(group, node).items()}
         except ConfigError as error:
             faults.append(str(error))
+    if isinstance(config.get("value_model"), dict):
+        groups.add("value_model")
+        known |= {f"value_model.{key}": field for key, field in schema.own_fields(schema.Model).items()}
     for path, value in _leaves(config, groups, known):
         if path in OWNED and value is not None:
             faults.append(f"{path} is set by the runner. Use {OWNED[path]}.")
@@ -101,7 +104,24 @@ def _conflicts(config: dict[str, Any], choices: dict[str, str]) -> list[str]:
     dataset = config["dataset"]
     if not any(dataset.get(key) for key in ("path", "generator", "sources")):
         found.append(f"dataset.path must be given with dataset={choices.get('dataset', '?')}: type dataset.path=...")
+    if not dataset.get("sources"):
+        found += [
+            f"dataset.{key} has no effect without dataset.sources: leave it out, or choose dataset=mix."
+            for key in ("weight", "stopping_strategy")
+            if key in dataset
+        ]
+        if config["trainer"].get("eval_strategy", "no") != "no" and not dataset.get("eval"):
+            found.append(
+                f"trainer.eval_strategy={config['trainer']['eval_strategy']} needs held-out rows, and dataset.eval is "
+                "null: type dataset.eval=..., for example train[90%:], or trainer.eval_strategy=no."
+            )
     name = trainer_name(config["trainer"]["_target_"])
+    value_mode = config["trainer"].get("value_mode") or ("adapter" if config["peft"] else "separate")
+    if config.get("value_model") and (name != "ppo" or value_mode != "separate"):
+        found.append(
+            f"value_model has no effect with trainer={choices.get('trainer', name)} and peft={choices.get('peft', '?')}"
+            ": type trainer=ppo trainer.value_mode=separate, or leave it out."
+        )
     if dataset.get("format", "auto") != "auto" and not dataset.get("generator"):
         try:
             columns = formats.produces(dataset["format"])

@@ -8,12 +8,13 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
-from transformers import GenerationConfig, TrainerCallback
+from transformers import TrainerCallback
 
+from runner import sampling
 from runner.errors import ConfigError
 
 Row = dict[str, Any]
@@ -35,6 +36,13 @@ def held_out(rows: Iterable[Mapping[str, Any]], count: int) -> list[Row]:
         if split is not None:
             found.append(split)
     return found
+
+
+class Answer(NamedTuple):
+    """A greedy answer."""
+
+    text: str
+    ended: bool  # whether the model ended it, rather than the limit
 
 
 class Samples(TrainerCallback):
@@ -97,7 +105,7 @@ class Samples(TrainerCallback):
     def measure(self, model: Any, *, step: int, template: Mapping[str, Any] | None = None) -> dict[str, float]:
         """Answer all prompts, write samples.jsonl and return the mean of every score as ``eval_<score>``."""
         start = time.monotonic()
-        prompts = [encode_prompt(self.tokenizer, row, template or {}) for row in self.rows]
+        prompts = [sampling.encode_prompt(self.tokenizer, row, template or {}) for row in self.rows]
         limit = _context(model) - self.max_new_tokens
         fit = [i for i, ids in enumerate(prompts) if 0 < len(ids) <= limit]
         if len(fit) < len(prompts):
@@ -112,18 +120,22 @@ class Samples(TrainerCallback):
         sizes = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
         with untouched_random_state():  # a score may draw, and so may a model's own code
             answers = generate(model, self.tokenizer, ids, **sizes)
-            scored = {name: _score(name, function, rows, answers) for name, function in self.scores.items()}
+            texts = [answer.text for answer in answers]
+            scored = {name: _score(name, function, rows, texts) for name, function in self.scores.items()}
         self._write(step, rows, answers, scored)
-        logger.info("answered %d held-out prompts in %.1f s", len(rows), time.monotonic() - start)
+        cut = sum(not answer.ended for answer in answers)
+        note = f", {cut} answers cut at samples.max_new_tokens={self.max_new_tokens}" if cut else ""
+        logger.info("answered %d held-out prompts in %.1f s%s", len(rows), time.monotonic() - start, note)
         return {f"eval_{name}": mean for name, values in scored.items() if (mean := _mean(values)) is not None}
 
-    def _write(self, step: int, rows: list[Row], answers: list[str], scored: dict[str, list[float | None]]) -> None:
+    def _write(self, step: int, rows: list[Row], answers: list[Answer], scored: dict[str, list[float | None]]) -> None:
         lines = [
             {
                 "step": step,
                 "index": index,
                 "prompt": row["prompt"],
-                "completion": answer,
+                "completion": answer.text,
+                "ended": answer.ended,
                 "reference": row.get("reference"),
                 "scores": {name: values[index] for name, values in scored.items()},
             }
@@ -140,54 +152,21 @@ class Samples(TrainerCallback):
 
 def generate(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int
-) -> list[str]:
+) -> list[Answer]:
     """Return the greedy continuation of every prompt as text, without special tokens.
 
-    Only the model decides: the settings of its generation config (temperature, penalties) do not take part.
-    Batches hold prompts of like length, padded on the left. The model's mode stays as it was.
+    Only the model decides: the settings of its generation config (temperature, penalties) do not take part. The
+    model's mode stays as it was.
     """
-    stops = _stop_ids(model, tokenizer)
+    stops = sampling.stop_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stops or None,
-        pad_token_id=pad,
-        use_cache=True,
-        # Neutral values, spelt out: what is left open is filled from the model's own generation config.
-        **{"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50},
-        **{"repetition_penalty": 1.0, "no_repeat_ngram_size": 0},
-    )
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [""] * len(prompts)
+    sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     with _evaluating(model), torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            width = max(len(prompts[i]) for i in batch)
-            ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in batch])
-            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
-            tokens = model.generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
-            )
-            for i, row in zip(batch, tokens[:, width:].tolist(), strict=True):
-                end = next((at for at, token in enumerate(row) if token in stops), len(row))
-                answers[i] = tokenizer.decode(row[:end], skip_special_tokens=True)
-    return answers
-
-
-def encode_prompt(tokenizer: Any, row: Mapping[str, Any], template: Mapping[str, Any]) -> list[int]:
-    """Return the token ids of a row's prompt, as TRL's trainers make them."""
-    if isinstance(row["prompt"], str):
-        return list(tokenizer(text=row["prompt"])["input_ids"])
-    tools = row.get("tools")
-    encoded = tokenizer.apply_chat_template(
-        row["prompt"],
-        tools=(json.loads(tools) if isinstance(tools, str) else tools) or None,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        **template,
-    )
-    return list(encoded["input_ids"])
+        answers = sampling.sample(model, [list(ids) for ids in prompts], None, stop_ids=stops, pad_id=pad, **sizes)
+    return [
+        Answer(tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True), ended)
+        for tokens, ended in sampling.cut_at_stop(answers, stops)
+    ]
 
 
 @contextlib.contextmanager
@@ -269,13 +248,6 @@ def _evaluating(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return the ids that end an answer: the tokenizer's and those of the model, which may be several."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    listed = own if isinstance(own, list) else [own]
-    return list(dict.fromkeys(i for i in [tokenizer.eos_token_id, *listed] if i is not None))
 
 
 def _context(model: Any) -> int:

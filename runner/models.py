@@ -149,16 +149,18 @@ def load_classifier(
     *,
     tokenizer: "PreTrainedTokenizerBase",
     num_labels: int = 1,
-    trained: bool = False,
+    scores: bool = False,
     **options: Any,
 ) -> "PreTrainedModel":
-    """Return a sequence classifier that fits ``tokenizer``; its score head is new where the model had none.
+    """Return a sequence classifier that fits ``tokenizer``.
+
+    Where the model had no score head, it gets a random one, and ``new_head`` is true.
 
     Args:
         name_or_path: A folder or a hub id; an adapter's folder gives its base with the adapter merged in.
         tokenizer: What ``load_tokenizer`` gave.
         num_labels: Scores for each sequence; a reward model has one.
-        trained: Whether it must have a score head already, as what scores others must.
+        scores: Whether it is to score others, which a random head cannot.
         options: The other keywords of ``load_policy``.
 
     Raises:
@@ -173,13 +175,15 @@ def load_classifier(
         num_labels=num_labels,
         **options,
     )
-    if missing and trained:
-        raise ConfigError(
-            f"{name_or_path} cannot score answers: it has no score head (its files lack {', '.join(missing)}). Name a "
-            "reward model, for example what trainer=reward left: reward.model.name_or_path=<run>/model"
+    if missing and scores:
+        logger.warning(
+            "%s is no reward model: its files lack %s, so its scores are those of a random head. Name one that has "
+            "learnt to score, for example what trainer=reward left: name_or_path=<run>/model",
+            *(name_or_path, ", ".join(missing)),
         )
-    if missing:
-        logger.warning("%s has no score head: %s starts at random", name_or_path, ", ".join(missing))
+    elif missing:
+        logger.warning("%s has no score head: %s starts anew", name_or_path, ", ".join(missing))
+    model.new_head = bool(missing)
     return model
 
 

@@ -18,7 +18,8 @@ from runner.errors import ConfigError
 Tree = Mapping[str, Any]
 
 KEY_METRICS = (  # of the end of a run, as far as the trainer logs them
-    *("loss", "reward", "rewards/accuracies", "rewards/margins", "accuracy", "margin", "kl"),
+    *("loss", "reward", "objective/scores", "objective/kl", "rewards/accuracies", "rewards/margins", "accuracy"),
+    *("margin", "kl"),
     *("mean_token_accuracy", "completions/mean_length"),
 )
 
@@ -29,7 +30,7 @@ class Run:
 
     Attributes:
         lines: of metrics.jsonl.
-        evaluations: of samples.jsonl, the lines of each evaluation together, in order.
+        evaluations: of samples.jsonl, the held-out lines of each evaluation together, in order.
     """
 
     path: Path
@@ -79,7 +80,7 @@ def load(run_dir: str | Path) -> Run:
         manifest.read(path),
         (yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None) or {},
         list(_lines(path / "metrics.jsonl")),
-        _evaluations(_lines(path / "samples.jsonl")),
+        _evaluations(line for line in _lines(path / "samples.jsonl") if "rollout" not in line),
     )
 
 

@@ -133,11 +133,13 @@ class Rewards:
         functions: ``Scorer`` or model.
         weights: in the sum.
         tokenizers: of the models; None for functions.
+        untrained: models whose score head is random.
     """
 
     functions: list[Any] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     tokenizers: list[Any] = field(default_factory=list)
+    untrained: list[str] = field(default_factory=list)
 
 
 class Scorer:

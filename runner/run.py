@@ -32,7 +32,7 @@ def run(run_dir: Path) -> dict[str, float]:
 
         tokenizer = models.load_tokenizer(**given(models.load_tokenizer, config["model"]))
         limits = {
-            "max_length": config["trainer"].get("max_length"),
+            "max_length": config["trainer"].get("max_length") or config["trainer"].get("max_prompt_length"),
             "too_long": config["dataset"].get("too_long", "drop"),
         }
         rows, audit = tokens.fit_splits(rows, tokenizer, reads=reads, trainer=name, **limits)
@@ -40,7 +40,9 @@ def run(run_dir: Path) -> dict[str, float]:
         columns = set(rows.train.column_names) if online else {key for row in rows.held_out for key in row}
         scoring = trainers.load_rewards(config, columns=columns, online=online)
         arguments, chosen = trainers.build_arguments(config["trainer"], run_dir, evaluates=rows.eval is not None)
-        manifest.update(run_dir, tokens=audit, chosen=chosen, hardware=hardware.describe())
+        trainers.refuse(arguments, prompts=len(rows.train), adapted=bool(config["peft"]))
+        facts = {"tokens": audit, "chosen": chosen, "untrained_rewards": scoring.untrained}
+        manifest.update(run_dir, **facts, hardware=hardware.describe())
 
         model, adapter = trainers.load_model(name, tokenizer, config, arguments)
         trainer = trainers.build_trainer(

@@ -74,6 +74,7 @@ class Root:
     seed: int = 42
     output_dir: str = "outputs"
     allow_code: list[str] = field(default_factory=list)
+    value_model: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Field:
 
 # Classes that moved or went, and the versions that have them. Source: https://github.com/huggingface/trl/releases
 HISTORY = {
-    "trl.PPOConfig": "trl <1.13 had it",
+    "trl.PPOConfig": "trl <1.13 had it; runner.ppo.PPOConfig (trainer=ppo) replaces it",
+    "trl.experimental.ppo.PPOConfig": "trl <1.13 had it; runner.ppo.PPOConfig (trainer=ppo) replaces it",
     "trl.ORPOConfig": "since trl 0.26 it is trl.experimental.orpo.ORPOConfig",
     "trl.CPOConfig": "since trl 0.26 it is trl.experimental.cpo.CPOConfig",
     "trl.experimental.orpo.ORPOConfig": "trl >=0.26 has it, and trl 1.16 is what this was tested with",

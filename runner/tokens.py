@@ -83,10 +83,10 @@ def fit_lengths(
         tokenizer: with the chat template and special tokens of the training.
         reads: what the trainer reads, see ``views.view``; of ``prompt`` only the prompt is counted.
         max_length: tokens of prompt and answer, of the prompt alone for an online trainer; None means no limit.
-        too_long: ``drop`` leaves rows over it out; ``fail`` refuses them; ``truncate`` leaves the cutting to TRL, and
-            leaves out only rows whose prompt fills ``max_length``.
+        too_long: ``drop`` leaves rows over it out; ``fail`` refuses them; ``truncate`` leaves the cutting to the
+            trainer, and leaves out only rows whose prompt fills ``max_length``.
         name: of the split, for messages.
-        trainer: its name; ``reward`` cannot truncate.
+        trainer: its name; ``reward`` and TRL's online trainers cannot truncate, ``ppo`` keeps the end of a prompt.
 
     Returns:
         The rows that fit, and the audit: ``rows``, ``over_length`` and ``dropped`` count rows; ``truncated``,
@@ -97,17 +97,13 @@ def fit_lengths(
         ConfigError: rows are too long (``fail``), none is left, the trainer cannot truncate, or the chat template
             refuses a row.
     """
-    if too_long == "truncate" and (reads == "prompt" or trainer == "reward"):
-        raise ConfigError(
-            f"dataset.too_long=truncate cannot be done: TRL's {trainer or 'online'} trainer never cuts rows that are "
-            "over trainer.max_length. Type dataset.too_long=drop or dataset.too_long=fail."
-        )
+    key = _refuse_policy(too_long, max_length, reads, trainer)
     counted: list[list[Counts]] = []
     for start in range(0, len(dataset), CHUNK_ROWS):
         chunk = dataset.select(range(start, min(start + CHUNK_ROWS, len(dataset)))).to_list()
         counted += count_tokens(chunk, tokenizer, reads=reads, first_row=start + 1)
     limit = float("inf") if max_length is None else max_length
-    kept, over, unlearnt = _apply(counted, limit, reads, too_long, name)
+    kept, over, unlearnt = _apply(counted, limit, reads, too_long, name, key)
     audit = {
         "rows": len(counted),
         "over_length": over,
@@ -118,7 +114,7 @@ def fit_lengths(
         "completion_tokens": _quantiles(counts.total - counts.prompt for row in counted for counts in row),
         "pad_is_eos": tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id,
     }
-    _warn(name, audit, max_length)
+    _warn(name, audit, f"{key}={max_length}")
     return (dataset if len(kept) == len(counted) else dataset.select(kept)), audit
 
 
@@ -260,26 +256,38 @@ def _last_token(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> int
 # ---------------------------------------------------------------- counts to rows that fit, and findings
 
 
+def _refuse_policy(too_long: str, max_length: int | None, reads: str, trainer: str) -> str:
+    """Return the key of the limit, unless the policy for rows over it cannot be kept."""
+    of_trl = reads == "prompt" and trainer != "ppo"
+    if too_long == "truncate" and (trainer == "reward" or of_trl):
+        raise ConfigError(
+            f"dataset.too_long=truncate cannot be done: TRL's {trainer or 'online'} trainer never cuts rows that are "
+            f"too long. Type dataset.too_long=drop{'' if of_trl else ' or dataset.too_long=fail'}."
+        )
+    key = "trainer.max_prompt_length" if trainer == "ppo" else "trainer.max_length"
+    if too_long == "fail" and max_length is None:
+        what = "TRL's online trainers have no limit for prompts" if of_trl else f"{key} is not set"
+        raise ConfigError(f"dataset.too_long=fail has no effect: {what}. Type dataset.too_long=drop.")
+    return key
+
+
 def _apply(
-    counted: Sequence[Sequence[Counts]], limit: float, reads: str, too_long: str, name: str
+    counted: Sequence[Sequence[Counts]], limit: float, reads: str, too_long: str, name: str, key: str
 ) -> tuple[list[int], int, int]:
     """Return the rows that are kept, and how many are over the limit, and have a prompt that fills it."""
     over = [number for number, row in enumerate(counted) if any(counts.total > limit for counts in row)]
     if over and too_long == "fail":
         lengths = [f"row {n + 1} has {max(counts.total for counts in counted[n])}" for n in over[:SHOWN_ROWS]]
         raise ConfigError(
-            f"{len(over)} of {len(counted)} {name} rows are over trainer.max_length={limit} tokens: "
-            f"{', '.join(lengths)}. Raise trainer.max_length, or type dataset.too_long=drop."
+            f"{len(over)} of {len(counted)} {name} rows are over {key}={limit} tokens: "
+            f"{', '.join(lengths)}. Raise {key}, or type dataset.too_long=drop."
         )
     unlearnt = [n for n in over if reads != "prompt" and any(counts.prompt >= limit for counts in counted[n])]
     dropped = set(over if too_long == "drop" else unlearnt)
     kept = [number for number in range(len(counted)) if number not in dropped]
     if not kept:
         shortest = min(max(counts.total for counts in row) for row in counted)
-        raise ConfigError(
-            f"No {name} row fits into trainer.max_length={limit} tokens: the shortest has {shortest}. Raise "
-            "trainer.max_length."
-        )
+        raise ConfigError(f"No {name} row fits into {key}={limit} tokens: the shortest has {shortest}. Raise {key}.")
     return kept, len(over), len(unlearnt)
 
 
@@ -311,11 +319,11 @@ def _quantiles(lengths: Iterable[int]) -> dict[str, int]:
     return {name: ordered[rank] for name, rank in ranks.items()} | {"max": ordered[-1]}
 
 
-def _warn(name: str, audit: dict[str, Any], max_length: int | None) -> None:
+def _warn(name: str, audit: dict[str, Any], limit: str) -> None:
     if audit["dropped"]:
         logger.warning(
-            "%s: %d of %d rows are left out: over trainer.max_length=%s tokens.",
-            name, audit["dropped"], audit["rows"], max_length,
+            "%s: %d of %d rows are left out: over %s tokens.",
+            name, audit["dropped"], audit["rows"], limit,
         )  # fmt: skip
     findings = {
         "truncated": "are cut at trainer.max_length, and their answers do not end",

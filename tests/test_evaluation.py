@@ -70,28 +70,32 @@ def test_rows_without_a_prompt_are_passed_over_and_columns_kept():
     ]
 
 
+def texts(*args, **options):
+    return [answer.text for answer in generate(*args, **options)]
+
+
 @pytest.mark.parametrize("kind", ["llama", "neox"])
 def test_a_padded_batch_gives_what_each_prompt_gives_alone(tokenizer, kind):
     model = tiny_model(kind, tokenizer)
-    answers = generate(model, tokenizer, encoded(tokenizer), max_new_tokens=12, batch_size=3)
+    answers = texts(model, tokenizer, encoded(tokenizer), max_new_tokens=12, batch_size=3)
     assert answers == [by_hand(model, tokenizer, ids, 12) for ids in encoded(tokenizer)]
     assert len(set(answers)) > 1
 
 
 def test_an_answer_ends_at_any_of_the_stop_tokens(tokenizer, model):
     (ids,) = [tokenizer("the rest is here")["input_ids"]]
-    tokens = tokenizer(generate(model, tokenizer, [ids], max_new_tokens=12, batch_size=1)[0])["input_ids"]
+    tokens = tokenizer(texts(model, tokenizer, [ids], max_new_tokens=12, batch_size=1)[0])["input_ids"]
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokens[3]]
     cut = by_hand(model, tokenizer, ids, 12, stops=[tokens[3]])
-    assert generate(model, tokenizer, [ids], max_new_tokens=12, batch_size=1) == [cut]
+    assert texts(model, tokenizer, [ids], max_new_tokens=12, batch_size=1) == [cut]
     assert len(cut) < len(tokenizer.decode(tokens))
 
 
 def test_settings_for_sampling_neither_count_nor_warn(tokenizer, model, caplog, recwarn):
-    plain = generate(model, tokenizer, encoded(tokenizer), max_new_tokens=12, batch_size=4)
+    plain = texts(model, tokenizer, encoded(tokenizer), max_new_tokens=12, batch_size=4)
     own = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 5.0}
     model.generation_config.update(**own)
-    assert generate(model, tokenizer, encoded(tokenizer), max_new_tokens=12, batch_size=4) == plain
+    assert texts(model, tokenizer, encoded(tokenizer), max_new_tokens=12, batch_size=4) == plain
     assert model.generation_config.temperature == 0.7
     assert not caplog.records
     assert not recwarn.list
@@ -100,13 +104,13 @@ def test_settings_for_sampling_neither_count_nor_warn(tokenizer, model, caplog, 
 def test_the_adapter_answers_not_its_base(tokenizer, model):
     from peft import LoraConfig, get_peft_model
 
-    base = generate(model, tokenizer, encoded(tokenizer), max_new_tokens=8, batch_size=4)
+    base = texts(model, tokenizer, encoded(tokenizer), max_new_tokens=8, batch_size=4)
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
-    assert generate(adapted, tokenizer, encoded(tokenizer), max_new_tokens=8, batch_size=4) == base  # B is zero
+    assert texts(adapted, tokenizer, encoded(tokenizer), max_new_tokens=8, batch_size=4) == base  # B is zero
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
-    answers = generate(adapted, tokenizer, encoded(tokenizer), max_new_tokens=8, batch_size=4)
+    answers = texts(adapted, tokenizer, encoded(tokenizer), max_new_tokens=8, batch_size=4)
     assert answers != base
     merged = adapted.merge_and_unload()
     assert answers == [by_hand(merged, tokenizer, ids, 8) for ids in encoded(tokenizer)]
@@ -164,6 +168,7 @@ def test_samples_are_written_scored_and_averaged(tokenizer, model, tmp_path):
         (7, 0, "in", "x"),
         (7, 1, "on", "y"),
     ]
+    assert not any(line["ended"] for line in lines)  # all were cut at the limit
     sizes = [len(line["completion"]) for line in lines]
     assert lines[0]["scores"] == {"length": sizes[0], "shared": 1.0, "broken": None}
     assert means == {"eval_length": sum(sizes) / 2, "eval_shared": 1.0}

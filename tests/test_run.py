@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -26,7 +27,7 @@ SMALL = [
 ]
 QUICK = ["trainer.max_steps=2", "trainer.warmup_steps=0", "trainer.logging_steps=1"]
 BATCH = ["trainer.per_device_train_batch_size=4", "trainer.per_device_eval_batch_size=4"]
-ONLINE = {"grpo", "rloo"}
+ONLINE = {"grpo", "rloo", "ppo"}
 
 
 def start(tmp_path, *overrides, data=SMALL, name="run"):
@@ -41,7 +42,8 @@ def extras(trainer):
     """The settings that make a trainer small, and give random models something to learn from."""
     if trainer not in ONLINE:
         return []
-    return ["reward=unique_chars", "trainer.num_generations=2", "trainer.max_completion_length=6"]
+    groups = [] if trainer == "ppo" else ["trainer.num_generations=2"]
+    return ["reward=unique_chars", *groups, "trainer.max_completion_length=6"]
 
 
 def lines(run_dir):
@@ -78,7 +80,7 @@ def test_every_trainer_trains_saves_and_reloads(trainer, peft, kind, request, tm
     )  # fmt: skip
     assert len(losses(run_dir)) == 2
     assert all(math.isfinite(loss) for loss in losses(run_dir))
-    assert math.isfinite(metrics["eval_loss"])
+    assert math.isfinite(metrics["eval_objective/scores" if trainer == "ppo" else "eval_loss"])
     assert manifest.read(run_dir)["status"] == "completed"
     for name in (
         "config.yaml",
@@ -182,6 +184,56 @@ def test_rewards_are_summed_and_a_model_may_be_one_of_them(llama_dir, neox_dir, 
 
 
 @pytest.mark.slow
+def test_a_ppo_run_keeps_its_value_function_and_shows_what_it_sampled(llama_dir, tmp_path):
+    run_dir, _ = start(tmp_path, "trainer=ppo", f"model.name_or_path={llama_dir}", *extras("ppo"))
+    assert (run_dir / "model" / "value" / "value_head.safetensors").is_file()
+    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    assert {line["rollout"] for line in samples if "rollout" in line} == {0}
+    assert all(line["scores"].keys() == {"unique_chars"} for line in samples)
+
+
+@pytest.mark.slow
+def test_what_ppo_cannot_train_is_refused_before_weights_load(llama_dir, tmp_path):
+    without_weights = tmp_path / "model"
+    shutil.copytree(llama_dir, without_weights, ignore=shutil.ignore_patterns("*.safetensors"))
+    refused = {
+        "A rollout takes 32 prompts and the dataset has 16": ["trainer.per_device_train_batch_size=32"],
+        "choose peft=lora": ["peft=none", "trainer.value_mode=adapter"],
+    }
+    for number, (message, overrides) in enumerate(refused.items()):
+        with pytest.raises(ConfigError, match=message):
+            start(tmp_path, "trainer=ppo", f"model.name_or_path={without_weights}", *overrides, name=str(number))
+
+
+@pytest.mark.slow
+def test_a_value_model_of_another_vocabulary_is_refused(llama_dir, tmp_path):
+    from transformers import AutoTokenizer
+
+    other = save_tiny(tmp_path / "other", "neox")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    swapped = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = swapped["model"]["vocab"]
+    first, second = [token for token in vocabulary if token not in tokenizer.all_special_tokens][:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(swapped))
+    with pytest.raises(ConfigError, match="2 tokens, such as"):
+        start(
+            tmp_path, "trainer=ppo", f"model.name_or_path={llama_dir}", *extras("ppo"), "trainer.value_mode=separate",
+            "model@value_model=pythia160m", f"value_model.name_or_path={other}",
+        )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_reward_model_without_a_score_head_is_warned_of_and_recorded(llama_dir, neox_dir, tmp_path, caplog):
+    run_dir, _ = start(
+        tmp_path, "trainer=ppo", f"model.name_or_path={llama_dir}", *extras("ppo")[1:], "reward=model",
+        "model@reward.model=pythia160m", f"reward.model.name_or_path={neox_dir}",
+    )  # fmt: skip
+    assert "is no reward model" in caplog.text
+    assert manifest.read(run_dir)["untrained_rewards"] == [str(neox_dir)]
+
+
+@pytest.mark.slow
 def test_a_reward_that_raises_stops_the_run_with_the_completion(llama_dir, tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(
         "def broken(completions, **kwargs):\n    return [1 / 0 for _ in completions]\n"
@@ -240,7 +292,10 @@ def test_a_recipe_runs_on_local_folders(recipe, llama_dir, neox_dir, tmp_path):
     write_jsonl(tmp_path / "rows" / "validation.jsonl", tldr)
     write_jsonl(tmp_path / "rows" / "descriptiveness.jsonl", pairs)
     base = neox_dir if "ppo" in recipe else llama_dir
-    short = extras("grpo")[1:] if "grpo" in recipe else []
+    short = {"article_grpo": extras("grpo")[1:], "article_ppo": extras("ppo")[1:]}.get(recipe, [])
+    if recipe == "article_ppo":
+        judge, _ = start(tmp_path, "trainer=reward", "peft=none", f"model.name_or_path={neox_dir}", name="judge")
+        short += [f"reward.model.name_or_path={judge / 'model'}", f"value_model.name_or_path={neox_dir}"]
     run_dir, _ = start(
         tmp_path, f"experiment={recipe}", f"model.name_or_path={base}", f"dataset.path={tmp_path / 'rows'}", *short,
         data=["samples.rows=2", "samples.max_new_tokens=4"],

@@ -121,6 +121,20 @@ def test_what_a_trainer_never_cuts_cannot_be_truncated(reads, trainer):
     assert f"{trainer} trainer never cuts" in refusal([row], reads=reads, trainer=trainer, too_long="truncate")
 
 
+@pytest.mark.parametrize(
+    ("trainer", "reads", "found"),
+    [("sft", "sft", "trainer.max_length is not set"), ("grpo", "prompt", "no limit for prompts"),
+     ("ppo", "prompt", "trainer.max_prompt_length is not set")],
+)  # fmt: skip
+def test_a_refusal_that_could_never_come_is_refused(trainer, reads, found):
+    assert found in refusal([chat("z", "q")], reads=reads, trainer=trainer, too_long="fail")
+
+
+def test_ppo_cuts_long_prompts_itself():
+    kept, audit = fit([chat("z" * 9, "q")], reads="prompt", trainer="ppo", max_length=4, too_long="truncate")
+    assert (len(kept), audit["over_length"]) == (1, 1)
+
+
 def test_without_a_limit_every_row_stays():
     kept, audit = fit([chat("z" * 300, "q")])
     assert len(kept) == 1
