@@ -1,6 +1,7 @@
 """Measure whole commands: CPU seconds, wall seconds and peak memory of a process and of its children."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,23 +18,61 @@ class Cost:
     wall: float  # seconds
     memory: float  # MB, the largest single process
     output: str
+    marked: float = 0.0  # CPU seconds when the first line came that had the mark
 
 
-def run(command: list[str], *, cwd: Path | None = None, env: dict[str, str] | None = None, fails: bool = False) -> Cost:
-    """Run a command once and return what it took; one that fails against expectation ends the benchmark."""
-    start = time.perf_counter()
+def run(
+    command: list[str],
+    *,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+    fails: bool = False,
+    mark: str | None = None,
+) -> Cost:
+    """Run a command once and return what it took; one that fails against expectation ends the benchmark.
+
+    Args:
+        command: The command.
+        cwd: Where it runs.
+        env: Variables beside those of this process.
+        fails: Whether it is expected to fail.
+        mark: A regular expression; the first line of output that has it is when ``marked`` is read (Linux only).
+    """
+    start, output, marked = time.perf_counter(), "", 0.0
     with subprocess.Popen(
-        command, cwd=cwd, env={**os.environ, **(env or {})}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=cwd,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     ) as process:
         assert process.stdout is not None
-        output = process.stdout.read()
+        for line in process.stdout:
+            output += line
+            if mark and not marked and re.search(mark, line):
+                marked = _session_seconds(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if bool(process.returncode) != fails:
         sys.exit(f"{' '.join(command)} ended with {process.returncode}:\n{output[-3000:]}")
     wall = time.perf_counter() - start
     scale = 1024 if sys.platform != "darwin" else 1024**2
-    return Cost(usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss / scale, output)
+    return Cost(usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss / scale, output, marked)
+
+
+def _session_seconds(leader: int) -> float:
+    """Return the CPU seconds so far of the living processes of a session, and of children that they waited for."""
+    total = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()  # from the state on
+        except OSError:  # it has just ended
+            continue
+        if int(fields[3]) == leader:
+            total += sum(map(int, fields[11:15]))
+    return total / os.sysconf("SC_CLK_TCK")
 
 
 def alternate(commands: dict[str, list[str]], *, runs: int, **options: object) -> dict[str, list[Cost]]:

@@ -31,11 +31,12 @@ def main() -> None:
         bare = Path(folder, "bare.py")
         bare.write_text(BARE)
         shutil.copytree(root / "conf", Path(folder, "conf"))
-        for words in (["--help"], ["--cfg", "job"]):
+        for words in (["--help"], ["--cfg", "job"], ["-sc", "query=bash"]):
             costs = measure.alternate(
                 {"bare": [sys.executable, str(bare), *words], "runner": [sys.executable, "-m", "runner", *words]},
                 runs=arguments.runs,
                 cwd=root,
+                env={"COMP_LINE": "runner trainer=", "COMP_POINT": "15"},  # what a shell asks with
             )
             ours, theirs = measure.middle(costs["runner"], "cpu"), measure.middle(costs["bare"], "cpu")
             print(f"| `{' '.join(words)}` | {theirs:.2f} | {ours:.2f} | {ours / theirs:.2f} |")

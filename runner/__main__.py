@@ -11,7 +11,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from runner import compose
-from runner.config import find_faults
+from runner.config import CONF, find_faults
 from runner.errors import ConfigError, RunStopped
 from runner.redaction import Scrubbing, scrub
 
@@ -21,7 +21,7 @@ typed = ["python", "-m", "runner", *sys.argv[1:]]  # before anything is rewritte
 failed: list[Exception] = []  # jobs of a sweep that ended early; the others go on
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def task(composed: DictConfig) -> float | None:
     """Run one job in the directory that Hydra made for it."""
     from hydra.core.hydra_config import HydraConfig

@@ -44,9 +44,10 @@ def test_a_field_that_the_file_does_not_name_is_set_without_plus():
             ["+reward.terms.a.function=length", "reward.terms.a.wieght=1"],
             "did you mean reward.terms.a.weight",
         ),
+        (["trainer=ppo", "model@value_model=pythia160m", "value_model.nam_or_path=x"], "value_model.name_or_path"),
         (["samples.row=3"], "did you mean samples.rows"),
         (["hydra.run.dri=x"], "did you mean hydra.run.dir"),
-        (["trainer=dppo"], "did you mean trainer=dpo"),
+        (["trainer=dpoo"], "did you mean trainer=dpo"),
         (["experiment=article_sfd"], "did you mean experiment=article_sft"),
         (["trainer.output_dir=x"], "Use output_dir="),
     ],
@@ -73,6 +74,35 @@ def test_a_wrong_key_is_refused_with_the_nearest_right_one(overrides, answer):
 )
 def test_a_wrong_type_says_what_was_expected(override, answer):
     assert answer in refusal(override)
+
+
+@pytest.mark.parametrize(
+    "overrides", [["trainer=grpo"], ["trainer=ppo"], ["trainer=ppo", "peft=none", "trainer.value_mode=shared"]]
+)
+def test_a_value_model_that_nothing_would_use_is_refused(overrides):
+    assert "value_model has no effect" in refusal(*overrides, "model@value_model=pythia160m")
+
+
+@pytest.mark.parametrize(
+    ("override", "answer"),
+    [
+        ("dataset.weight=0.5", "dataset.weight has no effect without dataset.sources"),
+        ("dataset.stopping_strategy=all_exhausted", "dataset.stopping_strategy has no effect"),
+    ],
+)
+def test_a_key_without_effect_is_refused(override, answer):
+    assert answer in refusal(override)
+
+
+def test_an_evaluation_without_rows_is_refused():
+    message = refusal("trainer.eval_strategy=epoch", "dataset=local", "dataset.path=rows.jsonl", "dataset.eval=null")
+    assert "trainer.eval_strategy=epoch needs held-out rows" in message
+
+
+@pytest.mark.parametrize("overrides", [["peft=none"], ["trainer.value_mode=separate"]])
+def test_a_value_model_goes_with_a_value_function_of_its_own(overrides):
+    composed = compose.compose(["trainer=ppo", "model@value_model=pythia160m", *overrides])
+    assert composed.config["value_model"]["name_or_path"] == "EleutherAI/pythia-160m"
 
 
 def test_all_faults_come_at_once():
@@ -121,16 +151,20 @@ def test_a_mistyped_option_is_refused():
         compose.parse_arguments(["--multirn", "seed=1"])
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["trainer=dpo", "trainer.bta=0.2"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--cfg", "job"], ["-sc", "query=bash"], ["trainer=dpo", "trainer.bta=0.2"]]
+)
 def test_what_needs_no_torch_imports_none(arguments, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import sys, atexit\natexit.register(lambda: sys.stderr.write(f\"TORCH {'torch' in sys.modules}\"))\n"
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    environment |= {"COMP_LINE": "runner trainer=", "COMP_POINT": "15"}  # what a shell asks completions with
     done = subprocess.run(
         [sys.executable, "-m", "runner", *arguments],
         capture_output=True, text=True, env=environment, cwd=tmp_path, check=False,
     )  # fmt: skip
     assert "TORCH False" in done.stderr
+    assert "query=bash" not in arguments or "trainer=ppo" in done.stdout.split()
     assert done.returncode == (2 if "trainer.bta=0.2" in arguments else 0)
     assert not (tmp_path / "outputs").exists()
