@@ -203,8 +203,9 @@ def _split(row: Row) -> Row | None:
 
 
 def _text(answer: Any) -> str | None:
-    if isinstance(answer, list):  # messages
-        return str(answer[-1].get("content") or "") if answer else None
+    if isinstance(answer, list):  # of messages, or of texts that are all right
+        last = answer[-1] if answer else None
+        return str(last.get("content") or "") if isinstance(last, dict) else last and " | ".join(map(str, answer))
     return None if answer is None else str(answer)
 
 

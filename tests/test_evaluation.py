@@ -46,6 +46,8 @@ def by_hand(model, tokenizer, ids, count, stops=()):
     ("row", "prompt", "reference"),
     [
         ({"prompt": "1+1", "completion": "2"}, "1+1", "2"),
+        ({"prompt": "1+1", "answer": ["2", "two"]}, "1+1", "2 | two"),
+        ({"prompt": "1+1", "answer": []}, "1+1", None),
         ({"prompt": [USER], "completion": [RIGHT]}, [USER], "2"),
         ({"prompt": "1+1", "chosen": "2", "rejected": "3"}, "1+1", "2"),
         ({"chosen": [USER, RIGHT], "rejected": [USER, WRONG]}, [USER], "2"),

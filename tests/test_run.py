@@ -197,7 +197,7 @@ def test_what_ppo_cannot_train_is_refused_before_weights_load(llama_dir, tmp_pat
     without_weights = tmp_path / "model"
     shutil.copytree(llama_dir, without_weights, ignore=shutil.ignore_patterns("*.safetensors"))
     refused = {
-        "A rollout takes 32 prompts and the dataset has 16": ["trainer.per_device_train_batch_size=32"],
+        "A rollout takes 32 prompts and the dataset has 16": ["trainer.per_device_train_batch_size=16"],
         "choose peft=lora": ["peft=none", "trainer.value_mode=adapter"],
     }
     for number, (message, overrides) in enumerate(refused.items()):
