@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner import compose
 from runner.config import CONF, find_faults
-from runner.errors import ConfigError, RunStopped
+from runner.errors import ConfigError, RunPreempted, RunStopped
 from runner.redaction import Scrubbing, scrub
 
 log = logging.getLogger("runner")
@@ -38,6 +38,9 @@ def task(composed: DictConfig) -> float | None:
             raise ConfigError("\n".join(faults))
         write_run(run_dir, config, choices, [text.removeprefix("++") for text in about.overrides.task])
         return start(run_dir)
+    except RunPreempted as error:
+        log.warning("The run ended early: %s. Go on with: python -m runner resume=%s", error, run_dir)
+        sys.exit(error.code)
     except (ConfigError, RunStopped) as error:
         log.error("%s", error)
         if about.mode == RunMode.MULTIRUN:
@@ -96,7 +99,9 @@ def main() -> None:
         task()
         return
     try:
-        sys.argv[1:] = prepare(sys.argv[1:])
+        if (run_dir := find_resumed(sys.argv[1:])) is not None:
+            sys.exit(go_on(run_dir))
+        sys.argv[1:] = prepare([word for word in sys.argv[1:] if word != "resume=auto"])
     except ConfigError as error:
         sys.stderr.write(f"runner: {error}\n")
         sys.exit(2)
@@ -104,6 +109,68 @@ def main() -> None:
     if failed:
         log.error("%d jobs of the sweep ended early", len(failed))
         sys.exit(max(map(exit_code, failed)))
+
+
+def find_resumed(argv: list[str]) -> Path | None:
+    """Return the run directory that ``resume=`` names, its config changed as typed; None where a run begins.
+
+    ``resume=auto`` goes on with the run of the config's own ``output_dir``, or begins it.
+
+    Raises:
+        ConfigError: There is nothing to resume, or it cannot be.
+    """
+    named = {word.partition("=")[2] for word in argv if word.startswith("resume=")}
+    allow = [word for word in argv if word.startswith("resume.allow_changes=")]
+    if not named:
+        if allow:
+            raise ConfigError(f"{allow[0]} has no effect without resume=<run directory>.")
+        return None
+    from runner import resume
+
+    words = [word for word in argv if not word.startswith("resume")]
+    arguments = compose.parse_arguments(words)
+    if arguments.multirun or arguments.cfg or len(named) > 1:
+        raise ConfigError("resume= goes on with one run: leave out -m and --cfg, and name one directory.")
+    options = {"allow_changes": allow == ["resume.allow_changes=true"]}
+    (where,) = named
+    if where != "auto":
+        typed, run_dir = compose.read_values(arguments.overrides), Path(where)
+    else:
+        if not any(text.startswith("output_dir=") for text in arguments.overrides):
+            raise ConfigError("resume=auto needs the directory that the run has every time: type output_dir=...")
+        places = {"config_dir": arguments.config_dir, "config_name": arguments.config_name or "config"}
+        composed = compose.compose(arguments.overrides, **places)
+        typed, run_dir = resume.flat(composed.config), composed.run_dir
+        if not (run_dir / "config.yaml").exists():
+            return None
+    if resume.prepare(run_dir, typed, **options):
+        return run_dir
+    if where != "auto":
+        raise ConfigError(f"{run_dir} is completed: there is nothing to resume. Its result is in {run_dir / 'model'}.")
+    sys.stderr.write(f"runner: {run_dir} is completed already\n")
+    sys.exit(0)  # what starts a job again until it is done need not know
+
+
+def go_on(run_dir: Path) -> int:
+    """Run a directory outside of Hydra, with the log that it has, and return the exit code."""
+    console, file = logging.StreamHandler(sys.stdout), logging.FileHandler(run_dir / "runner.log", encoding="utf-8")
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=[console, file],
+    )
+    for handler in (console, file):
+        handler.addFilter(Scrubbing())
+    try:
+        start(run_dir)
+    except RunPreempted as error:
+        log.warning("The run ended early: %s. Go on with: python -m runner resume=%s", error, run_dir)
+        return error.code
+    except (ConfigError, RunStopped) as error:
+        log.error("%s", error)
+        return exit_code(error)
+    return 0
 
 
 def prepare(argv: list[str]) -> list[str]:

@@ -92,6 +92,22 @@ def compose(overrides: list[str], *, config_dir: str | None = None, config_name:
     return Composed(config, choices, run_dir)
 
 
+def read_values(overrides: list[str]) -> dict[str, Any]:
+    """Return the values of plain ``key=value`` overrides by dotted key.
+
+    Raises:
+        ConfigError: One cannot be parsed, sweeps, or chooses an option of a group.
+    """
+    overrides = [_quoted(text) for text in overrides]
+    found = {}
+    for text, parsed in zip(overrides, _parse(overrides), strict=True):
+        chooses = parsed.package is not None or parsed.key_or_group in group_names() or "/" in parsed.key_or_group
+        if parsed.is_sweep_override() or parsed.is_delete() or chooses:
+            raise ConfigError(f"{text} cannot be typed here: only single keys can, such as trainer.logging_steps=1.")
+        found[parsed.key_or_group] = parsed.value()
+    return found
+
+
 def expand_sweep(overrides: list[str]) -> list[list[str]]:
     """Return override lists in which each swept value occurs once, the other swept keys at their first value.
 

@@ -25,7 +25,7 @@ OWNED = {
     "trainer.chat_template_path": "model.chat_template=...",
     "trainer.pad_token": "model.pad_token=...",
     "trainer.reward_weights": "reward.terms.<name>.weight=...",
-    "trainer.resume_from_checkpoint": "nothing: a run starts from its model",
+    "trainer.resume_from_checkpoint": "resume=<run directory>",
     "trainer.do_train": "nothing: a run trains",
     "trainer.do_eval": "dataset.eval=null for no evaluation",
     "trainer.do_predict": "samples.rows=...",

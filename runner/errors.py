@@ -1,4 +1,4 @@
-"""The two ways in which a run ends early on purpose."""
+"""The ways in which a run ends early on purpose."""
 
 
 class ConfigError(Exception):
@@ -7,3 +7,16 @@ class ConfigError(Exception):
 
 class RunStopped(Exception):  # noqa: N818  it is an end, not an error of ours
     """A guard ended a run that could not have come right; the text is the cause in the manifest. Exit code 1."""
+
+
+class RunPreempted(Exception):  # noqa: N818  as above
+    """A run was told to end, and can be resumed from the checkpoint that it left.
+
+    Args:
+        cause: What told it to.
+        code: The exit code: 143, or 130 for an interrupt from the keyboard.
+    """
+
+    def __init__(self, cause: str, code: int) -> None:
+        super().__init__(cause)
+        self.code = code

@@ -1,6 +1,7 @@
 """manifest.json of a run directory: what ran, with what, and how it ended."""
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -18,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from runner.errors import ConfigError, RunStopped
+from runner.errors import ConfigError, RunPreempted, RunStopped
 from runner.redaction import scrub
 
 SCHEMA = 1
@@ -165,8 +166,12 @@ def _now() -> str:
 def _ending(fault: BaseException) -> dict[str, Any]:
     """Return status, cause and traceback for what ended a run."""
     status, cause = "failed", f"{type(fault).__name__}: {fault}"
+    if getattr(fault, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in cause:
+        cause = f"disk full: {fault}"
     if isinstance(fault, ConfigError | RunStopped):
         cause = str(fault)
+    elif isinstance(fault, RunPreempted):
+        return {"status": "preempted", "cause": str(fault), "traceback": None}
     elif isinstance(fault, KeyboardInterrupt):
         status, cause = "preempted", "interrupted from the keyboard (SIGINT)"
     elif isinstance(fault, SystemExit):

@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from runner import card, data, hardware, manifest, models, report, tokens, trainers, views
+from runner import card, checkpoints, data, hardware, manifest, models, preemption, report, tokens, trainers, views
 from runner.config import given, trainer_name
 
 logger = logging.getLogger(__name__)
@@ -16,15 +16,18 @@ def run(run_dir: Path) -> dict[str, float]:
     """Run the experiment of a run directory and return its metrics.
 
     All that it reads of the person's wishes is ``config.yaml`` in the directory; all that it makes is written to the
-    directory, whose manifest says how the run ended, whatever happens.
+    directory, whose manifest says how the run ended, whatever happens. Where the directory has a complete checkpoint,
+    the run goes on from it.
 
     Raises:
         ConfigError: The config, the data or the model cannot give this run.
         RunStopped: A guard ended it.
+        RunPreempted: It was told to end.
     """
     run_dir = Path(run_dir).absolute()
     config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
-    with manifest.recording(run_dir):
+    with manifest.recording(run_dir), preemption.heeding(config.get("max_seconds")) as stopping:
+        resumed = checkpoints.go_back(run_dir)
         name = trainer_name(config["trainer"]["_target_"])
         reads = views.row_kind(name)
         rows = data.load_splits(reads=reads, run_seed=config["seed"], **config["dataset"])
@@ -39,7 +42,8 @@ def run(run_dir: Path) -> dict[str, float]:
         online = reads == "prompt"
         columns = set(rows.train.column_names) if online else {key for row in rows.held_out for key in row}
         scoring = trainers.load_rewards(config, columns=columns, online=online)
-        arguments, chosen = trainers.build_arguments(config["trainer"], run_dir, evaluates=rows.eval is not None)
+        evaluates = {"evaluates": rows.eval is not None, "resumed": resumed is not None}
+        arguments, chosen = trainers.build_arguments(config["trainer"], run_dir, **evaluates)
         trainers.refuse(arguments, prompts=len(rows.train), adapted=bool(config["peft"]))
         facts = {"tokens": audit, "chosen": chosen, "untrained_rewards": scoring.untrained}
         manifest.update(run_dir, **facts, hardware=hardware.describe())
@@ -59,9 +63,11 @@ def run(run_dir: Path) -> dict[str, float]:
         trainers.add_samples(trainer, rows.held_out, scoring, run_dir, **config["samples"])
         manifest.update(run_dir, **trainers.describe(trainer))
 
-        result = trainer.train()
+        keep = config["trainer"].get("save_total_limit")
+        checkpoints.Checkpoints(trainer, run_dir, keep=keep, resumed=resumed)
+        metrics = trainers.train(trainer, stopping, resumed=resumed)
         trainer.save_model(str(run_dir / "model"), _internal_call=True)  # publish uploads it
-        metrics = {**result.metrics, **trainers.evaluate(trainer)}
+        metrics |= trainers.evaluate(trainer)
         manifest.update(run_dir, metrics=metrics)
     publish(run_dir, trainer)
     return metrics

@@ -75,6 +75,7 @@ class Root:
     output_dir: str = "outputs"
     allow_code: list[str] = field(default_factory=list)
     value_model: dict[str, Any] | None = None
+    max_seconds: float | None = None
 
 
 @dataclass(frozen=True)

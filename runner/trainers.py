@@ -10,7 +10,7 @@ from typing import Any
 
 from runner import callbacks, evaluation, hardware, lm_head, models, rewards
 from runner.config import build, given, trainer_name
-from runner.errors import ConfigError
+from runner.errors import ConfigError, RunPreempted
 
 TENSORBOARD_DIR = os.environ.get("TENSORBOARD_LOGGING_DIR")  # where the person wants all runs
 
@@ -19,13 +19,16 @@ logger = logging.getLogger(__name__)
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def build_arguments(node: dict[str, Any], run_dir: Path, *, evaluates: bool) -> tuple[Any, dict[str, Any]]:
+def build_arguments(
+    node: dict[str, Any], run_dir: Path, *, evaluates: bool, resumed: bool = False
+) -> tuple[Any, dict[str, Any]]:
     """Build a trainer's arguments; what the config leaves open is chosen for the hardware.
 
     Args:
         node: The trainer's config, its ``_target_`` included.
         run_dir: Where checkpoints and trackers' files go.
         evaluates: Whether there are held-out rows.
+        resumed: Whether training goes on from a checkpoint.
 
     Returns:
         The arguments, and the fields that were chosen here.
@@ -39,7 +42,10 @@ def build_arguments(node: dict[str, Any], run_dir: Path, *, evaluates: bool) -> 
         "disable_tqdm": node.get("disable_tqdm", True),  # one plain line per log instead of a bar
         "logging_nan_inf_filter": node.get("logging_nan_inf_filter", False),  # a guard must see what is not finite
         "run_name": node.get("run_name") or run_dir.name,
+        "save_total_limit": None,  # checkpoints.Checkpoints keeps to it, counting complete ones only
     }
+    if resumed:
+        fixed["eval_on_start"] = False  # the run has begun
     if node.get("push_to_hub"):  # at the end, from model/; see push
         fixed |= {
             "hub_model_id": node.get("hub_model_id") or run_dir.name,
@@ -247,6 +253,25 @@ def add_samples(
         scores = {f.__name__: f for f in scoring.functions if isinstance(f, rewards.Scorer)}
         samples = evaluation.Samples(run_dir, prompts, trainer.processing_class, scores, log=trainer.log, **options)
         trainer.add_callback(samples)
+
+
+def train(trainer: Any, stopping: Any, *, resumed: Path | None) -> dict[str, float]:
+    """Train to the end and return the metrics of the training.
+
+    Args:
+        trainer: The trainer.
+        stopping: The ``preemption.Preemption`` that may end it.
+        resumed: The checkpoint to go on from.
+
+    Raises:
+        RunPreempted: It was told to end, and has left a checkpoint.
+    """
+    trainer.add_callback(stopping)
+    result = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    if stopping.ended:
+        raise RunPreempted(f"{stopping.cause}, at step {trainer.state.global_step}", stopping.code)
+    logged = trainer.state.log_history[-1]
+    return {key: logged.get(key, value) for key, value in result.metrics.items()}
 
 
 def evaluate(trainer: Any) -> dict[str, float]:

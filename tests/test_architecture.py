@@ -15,11 +15,12 @@ SOURCES = sorted((ROOT / "runner").glob("*.py"))
 
 # Who may import whom; a module that is not named imports nothing of ours but errors.
 IMPORTS = {
-    "__main__": {"compose", "config", "errors", "manifest", "redaction", "run"},
+    "__main__": {"compose", "config", "errors", "manifest", "redaction", "resume", "run"},
+    "resume": {"config", "errors", "manifest"},
     "compose": {"config", "errors", "safety"},
     "config": {"errors", "formats", "schema", "views"},
-    "run": {"card", "config", "data", "errors", "hardware", "manifest", "models", "report", "tokens", "trainers",
-            "views"},
+    "run": {"card", "checkpoints", "config", "data", "errors", "hardware", "manifest", "models", "preemption", "report",
+            "tokens", "trainers", "views"},
     "trainers": {"callbacks", "config", "errors", "evaluation", "hardware", "lm_head", "models", "rewards"},
     "ppo": {"actor_critic", "errors", "rl_math", "rollout", "sampling"},
     "rollout": {"actor_critic", "errors", "rl_math", "sampling"},
@@ -77,7 +78,7 @@ def lines_of_code(path):
 
 
 def test_the_library_stays_small():
-    assert sum(map(lines_of_code, SOURCES)) < 6100
+    assert sum(map(lines_of_code, SOURCES)) < 6500
 
 
 def test_run_is_a_table_of_contents():

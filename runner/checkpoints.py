@@ -1,0 +1,183 @@
+"""Checkpoints that can be trusted: sealed when complete, checked before use, with what upstream leaves out.
+
+A checkpoint's seal is written last. It names every file with its size and digest, and how far the run's own logs
+were, so that a run which goes on from it ends with the logs of a run that was never interrupted.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from runner.errors import ConfigError
+
+SEAL, STATE = "complete.json", "runner_state.pt"
+LOGS = ("metrics.jsonl", "samples.jsonl")
+# What the trainers of transformers 5 and trl 1.16 count or hold between steps, and do not save.
+COUNTED = ("_total_loss_scalar", "_globalstep_last_logged", "_tr_loss", "_total_train_tokens", "_step")
+COLLECTED = ("_metrics", "_stored_metrics")  # numbers of steps that are not logged yet, by mode and name
+HELD = "_buffered_inputs"  # completions in hand of GRPO and RLOO
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoints(TrainerCallback):
+    """Complete every checkpoint of a run, and a trainer that goes on from one.
+
+    Args:
+        trainer: The trainer.
+        run_dir: The run's directory.
+        keep: Complete checkpoints that are kept, the newest and the best; None keeps all.
+        resumed: The checkpoint that training goes on from.
+    """
+
+    def __init__(self, trainer: Any, run_dir: Path, *, keep: int | None, resumed: Path | None) -> None:
+        self.trainer, self.run_dir, self.keep, self.resumed = trainer, run_dir, keep, resumed
+        trainer.callback_handler.callbacks.insert(0, self)  # before those that write what it corrects
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the trainer back what it had counted and held."""
+        if self.resumed is None:
+            return
+        found = torch.load(self.resumed / STATE, map_location=args.device, weights_only=True)
+        for name in COLLECTED:
+            for mode, numbers in found.pop(name, {}).items():
+                getattr(self.trainer, name)[mode].clear()
+                getattr(self.trainer, name)[mode].update(numbers)
+        for name, value in found.items():
+            setattr(self.trainer, name, value)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Complete and seal the checkpoint that was just written, then delete those that are too many."""
+        self.trainer.accelerator.wait_for_everyone()  # each process writes files of its own
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        names = [name for name in (*COUNTED, *COLLECTED, HELD) if hasattr(self.trainer, name)]
+        torch.save({name: _plain(getattr(self.trainer, name)) for name in names}, folder / STATE)
+        seal(folder, {name: _size(self.run_dir / name) for name in LOGS}, resumable=not args.save_only_model)
+        best = state.best_model_checkpoint
+        prune(folder.parent, keep=self.keep, best=Path(best).name if best else None)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Make the mean loss at the end that of the whole run, not of the steps since it was resumed."""
+        if self.resumed and logs and "train_loss" in logs and not hasattr(self.trainer, "_loss_total"):
+            mean = self.trainer._total_loss_scalar / max(1, state.global_step)
+            logs["train_loss"] = state.log_history[-1]["train_loss"] = mean
+
+
+def seal(folder: Path, logs: Mapping[str, int], *, resumable: bool = True) -> None:
+    """Write to disk all of a checkpoint, then the seal that makes it one.
+
+    Args:
+        folder: The checkpoint.
+        logs: Bytes of each of the run's logs at this moment.
+        resumable: Whether it holds more than the model.
+    """
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SEAL):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            files[str(path.relative_to(folder))] = [
+                path.stat().st_size,
+                hashlib.file_digest(file, "sha256").hexdigest(),
+            ]
+    temporary = folder / f".{SEAL}"
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump({"files": files, "logs": dict(logs), "resumable": resumable}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / SEAL)
+
+
+def find_fault(folder: Path) -> str | None:
+    """Return why a checkpoint cannot be used; None for one that is complete and as it was written."""
+    try:
+        files = json.loads((folder / SEAL).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return "it was not finished"
+    except (ValueError, KeyError):
+        return f"{SEAL} cannot be read"
+    for name, (size, digest) in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                return f"{name} is not what was written"
+    return None
+
+
+def go_back(run_dir: Path) -> Path | None:
+    """Return the newest checkpoint of a run that can be used, with the run's logs cut back to it.
+
+    A new run has none. Newer ones that cannot be used are named and deleted, so that none is mistaken for complete.
+
+    Raises:
+        ConfigError: None can be used, though one was complete; or they hold no more than the model.
+    """
+    found, broken = None, []
+    for folder in _by_step(run_dir / "checkpoints"):
+        fault = find_fault(folder)
+        if fault is None:
+            found = folder
+            break
+        logger.warning("%s cannot be used: %s", folder, fault)
+        broken.append(folder)
+    if broken and found is None and any((folder / SEAL).exists() for folder in broken):
+        raise ConfigError(
+            f"{run_dir} cannot be resumed: all its checkpoints are damaged, see above. Restore one, or start anew."
+        )
+    for folder in broken:
+        shutil.rmtree(folder)
+    if found is None and not (run_dir / LOGS[0]).exists():
+        return None
+    sealed = json.loads((found / SEAL).read_text(encoding="utf-8")) if found else {"logs": dict.fromkeys(LOGS, 0)}
+    if not sealed.get("resumable", True):
+        raise ConfigError(
+            f"{run_dir} cannot be resumed: its checkpoints hold the model only (trainer.save_only_model)."
+        )
+    for name, length in sealed["logs"].items():
+        if (run_dir / name).exists():
+            os.truncate(run_dir / name, length)
+    logger.info("Going on from %s", found or "the start: no checkpoint is complete")
+    return found
+
+
+def prune(folder: Path, *, keep: int | None, best: str | None = None) -> None:
+    """Delete the oldest checkpoints but for ``keep`` complete ones and the ``best``; never the last complete one."""
+    complete = [path for path in _by_step(folder) if (path / SEAL).exists()]
+    for path in complete[max(1, keep) :] if keep else []:
+        if path.name != best:
+            (path / SEAL).unlink()  # first, so that a half-deleted one is not taken for complete
+            shutil.rmtree(path)
+
+
+def _by_step(folder: Path) -> list[Path]:
+    """List checkpoints, the newest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _plain(value: Any) -> Any:
+    """Return what ``torch.load`` reads without running code: dicts and lists for their kin."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item") and not isinstance(value, torch.Tensor):  # a number of numpy's
+        return value.item()
+    return value

@@ -1,0 +1,70 @@
+"""A run that is told to end: it finishes its step, saves, and can be resumed."""
+
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+
+logger = logging.getLogger(__name__)
+
+
+class Preemption(TrainerCallback):
+    """Ends training after the step in hand, with a checkpoint, on a signal or before a deadline.
+
+    SIGTERM, SIGINT and SIGUSR1 (Slurm's warning before its time limit) are heeded in the main thread. A second
+    signal, or one outside of training, ends the process at once.
+
+    Args:
+        max_seconds: Wall-clock limit since now; the run ends when another two steps may not fit. None: no limit.
+    """
+
+    def __init__(self, max_seconds: float | None) -> None:
+        self.start = self.last = time.monotonic()
+        self.max_seconds, self.longest = max_seconds, 0.0
+        self.training, self.ended, self.cause, self.code = False, False, "", 143
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Take note of a signal, or leave at once."""
+        name, self.code = signal.Signals(number).name, 130 if number == signal.SIGINT else 143
+        if self.cause or not self.training:
+            raise SystemExit(self.code)
+        self.cause = f"stopped by {name}"
+        logger.warning("%s: the run ends after this step, with a checkpoint; once more ends it at once", name)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to finish steps."""
+        self.training, self.last = True, time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save and stop, if it is time to."""
+        now = time.monotonic()
+        self.longest, self.last = max(self.longest, now - self.last), now
+        if self.max_seconds and now - self.start + 2 * self.longest > self.max_seconds and not self.cause:
+            self.cause = f"max_seconds={self.max_seconds:g} is near"
+        if self.cause and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = self.ended = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let what follows training be interrupted."""
+        self.training = False
+
+
+@contextlib.contextmanager
+def heeding(max_seconds: float | None) -> Iterator[Preemption]:
+    """Heed signals inside, and give the callback that ends training."""
+    callback = Preemption(max_seconds)
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, callback.handle) for number in SIGNALS} if main else {}
+    try:
+        yield callback
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
