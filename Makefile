@@ -7,7 +7,7 @@ demo: .venv/run
 	$(BIN)/python -m runner
 
 test: .venv/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -17,6 +17,7 @@ lint: .venv/test
 bench: .venv/run
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/ppo.py
 
 .venv/run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

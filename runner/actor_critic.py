@@ -8,7 +8,7 @@ Shapes: b sequences of a batch, T completion positions, N selected positions, W 
 """
 
 import contextlib
-import copy
+import inspect
 import logging
 from collections.abc import Iterator
 from functools import partial
@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import modeling_utils
 
 from runner import rl_math
 from runner.errors import ConfigError
@@ -26,7 +27,6 @@ from runner.errors import ConfigError
 logger = logging.getLogger(__name__)
 VALUE, REFERENCE = "ppo_value", "ppo_reference"  # adapters beside the policy's
 HEAD_CELLS = 1 << 26  # logits that are held at a time
-SAME_START = (True, "gaussian", "eva", "mica")  # how LoRA may start and leave the model what it is
 
 
 class Sequences(NamedTuple):
@@ -83,6 +83,15 @@ class ActorCritic(nn.Module):
         self.require_gradients()
         _disable_dropout(self)
         self._plain_head = _has_plain_head(base_of(policy))
+        parameters = inspect.signature(
+            base_of(policy).forward
+        ).parameters  # a mask is taken where all models slice alike
+        self._keeps_logits = "logits_to_keep" in parameters and hasattr(modeling_utils, "slice_logits_to_keep")
+
+    @property
+    def own_value_model(self) -> Any:
+        """The model of a separate value function, or None."""
+        return self.value_model if self.value_mode == "separate" else None
 
     @property
     def score(self) -> nn.Module:
@@ -164,9 +173,11 @@ class ActorCritic(nn.Module):
             hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
             head, selected = base.get_output_embeddings(), hidden[row, column]
         else:
-            output = base(input_ids=ids, use_cache=False, output_hidden_states=value_mask is not None)
+            wanted = torch.zeros_like(ids, dtype=torch.bool).index_put_((row, column), torch.tensor(True))
+            kept = {"logits_to_keep": wanted} if self._keeps_logits else {}
+            output = base(input_ids=ids, use_cache=False, output_hidden_states=value_mask is not None, **kept)
             hidden = output.hidden_states[-1] if value_mask is not None else None
-            head, selected = nn.Identity(), output.logits[row, column]
+            head, selected = nn.Identity(), output.logits if kept else output.logits[row, column]
         score = partial(_score_tokens, head, temperature, entropy)
         size = max(1, HEAD_CELLS // base.config.get_text_config().vocab_size)
         if len(targets) <= size:
@@ -236,80 +247,6 @@ class ActorCritic(nn.Module):
         self.value_head.load_state_dict(load_file(folder / "value" / "value_head.safetensors"))
 
 
-def build_actor_critic(
-    model: Any, *, peft_config: Any, value_mode: str, value_model: Any, reference: Any, needs_reference: bool
-) -> ActorCritic:
-    """Put the parts together: adapters on the base, and what can serve as the reference.
-
-    Args:
-        model: The policy; it gets the adapter of ``peft_config``.
-        peft_config: The adapter to train, or None.
-        value_mode: ``shared``, ``adapter`` or ``separate``.
-        value_model: A sequence classifier, for ``separate``.
-        reference: A model of the same vocabulary, or None for the policy's start.
-        needs_reference: Whether there has to be a reference.
-    """
-    fresh = getattr(peft_config, "init_lora_weights", True) in SAME_START
-    if needs_reference and reference is None and peft_config is None and not hasattr(model, "get_base_model"):
-        reference = copy.deepcopy(model)
-    if isinstance(reference, nn.Module):
-        reference.eval().requires_grad_(False)
-    if peft_config is not None:
-        from peft import get_peft_model
-
-        if getattr(peft_config, "lora_dropout", 0):
-            logger.warning("peft.lora_dropout=%s has no effect: PPO trains without dropout", peft_config.lora_dropout)
-        model = get_peft_model(model, peft_config)
-    if hasattr(model, "get_base_model"):
-        if needs_reference and reference is None:
-            reference = "base" if peft_config is not None and fresh else REFERENCE
-        if value_mode == "adapter":
-            _copy_adapter(model, VALUE)
-        if reference == REFERENCE:
-            _copy_adapter(model, REFERENCE)
-    return ActorCritic(model, value_mode, value_model, reference)
-
-
-def new_value_model(policy: Any) -> Any:
-    """Return a sequence classifier with one label on a copy of the policy's layers, in float32.
-
-    Raises:
-        ConfigError: The policy's layers are quantized, and cannot train as a whole.
-    """
-    from transformers import AutoModelForSequenceClassification
-
-    if getattr(policy, "is_quantized", False):
-        raise ConfigError(
-            "trainer.value_mode=separate cannot copy a quantized policy as its value model. Name one, for example "
-            "model@value_model=pythia160m, or choose trainer.value_mode=adapter."
-        )
-    config = copy.deepcopy(policy.config)
-    config.num_labels = 1
-    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-    model.base_model.load_state_dict(policy.base_model.state_dict())
-    return model
-
-
-def same_vocabulary(model: Any, policy: Any, tokenizer: Any) -> bool:
-    """Whether a model can read the policy's ids; embeddings are often padded, so that sizes may differ a little."""
-    size, own = (int(one.config.get_text_config().vocab_size) for one in (model, policy))
-    return size == own or len(tokenizer) <= size < len(tokenizer) + 1024
-
-
-def check_vocabulary(name: str, model: Any, policy: Any, tokenizer: Any) -> None:
-    """Refuse a model that is given the policy's ids and has another vocabulary.
-
-    Raises:
-        ConfigError: It has.
-    """
-    if model is not None and not same_vocabulary(model, policy, tokenizer):
-        raise ConfigError(
-            f"{name} cannot read what the policy writes: it has {model.config.get_text_config().vocab_size} tokens and "
-            f"the policy {policy.config.get_text_config().vocab_size}. Choose a model of the policy's family; a reward "
-            "model may have a tokenizer of its own (reward.model.tokenizer_name_or_path)."
-        )
-
-
 def base_of(model: Any) -> Any:
     """Return the transformers model inside an adapter model, or the model."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -374,18 +311,6 @@ def _score_tokens(
         return logps, rl_math.token_entropy(logits) if entropy else logps
 
 
-def _copy_adapter(model: Any, name: str) -> None:
-    """Add an adapter that begins as the active one is."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-    config = copy.deepcopy(model.peft_config[model.active_adapter])
-    if not isinstance(getattr(config, "init_lora_weights", True), bool):
-        config.init_lora_weights = True  # other starts change the base's weights
-    model.add_adapter(name, config)
-    state = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
-    set_peft_model_state_dict(model, state, adapter_name=name)
-
-
 def _save_adapter(model: Any, adapter: str, folder: Path) -> None:
     """Write one adapter flat into ``folder``; PEFT puts all but ``default`` into a folder of their own."""
     model.save_pretrained(folder, selected_adapters=[adapter])
@@ -408,6 +333,8 @@ def _load(model: Any, adapter: str | None, folder: Path) -> None:
         found = set_peft_model_state_dict(model, state, adapter_name=adapter)
         missing = [name for name in found.missing_keys if f".{adapter}." in name]
     else:
+        if state.keys() - model.state_dict().keys():  # what some models save is converted, and back on loading
+            state = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
         found = model.load_state_dict(state, strict=False)
         named = dict(model.named_parameters(remove_duplicate=False))
         loaded = {parameter.data_ptr() for name, parameter in named.items() if name in state}

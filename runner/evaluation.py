@@ -95,14 +95,20 @@ class Samples(TrainerCallback):
         if state.is_world_process_zero:
             half = torch.bfloat16 if args.bf16 else torch.float16
             with torch.autocast(model.device.type, dtype=half, enabled=bool(args.bf16 or args.fp16)):
-                means = self.measure(model, step=state.global_step, template=_template_options(args))
+                options: dict[str, Any] = {
+                    "template": _template_options(args),
+                    "stop_token": getattr(args, "stop_token", None),
+                }
+                means = self.measure(model, step=state.global_step, **options)
         means = _from_first_rank(means)
         if metrics is not None:
             metrics.update(means)
         if self.log is not None and means:
             self.log(dict(means))
 
-    def measure(self, model: Any, *, step: int, template: Mapping[str, Any] | None = None) -> dict[str, float]:
+    def measure(
+        self, model: Any, *, step: int, template: Mapping[str, Any] | None = None, stop_token: str | None = None
+    ) -> dict[str, float]:
         """Answer all prompts, write samples.jsonl and return the mean of every score as ``eval_<score>``."""
         start = time.monotonic()
         prompts = [sampling.encode_prompt(self.tokenizer, row, template or {}) for row in self.rows]
@@ -119,7 +125,7 @@ class Samples(TrainerCallback):
         ids = [prompts[i] for i in fit]
         sizes = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
         with untouched_random_state():  # a score may draw, and so may a model's own code
-            answers = generate(model, self.tokenizer, ids, **sizes)
+            answers = generate(model, self.tokenizer, ids, stop_token=stop_token, **sizes)
             texts = [answer.text for answer in answers]
             scored = {name: _score(name, function, rows, texts) for name, function in self.scores.items()}
         self._write(step, rows, answers, scored)
@@ -151,14 +157,20 @@ class Samples(TrainerCallback):
 
 
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    stop_token: str | None = None,
 ) -> list[Answer]:
     """Return the greedy continuation of every prompt as text, without special tokens.
 
     Only the model decides: the settings of its generation config (temperature, penalties) do not take part. The
     model's mode stays as it was.
     """
-    stops = sampling.stop_ids(model, tokenizer)
+    stops = sampling.stop_ids(model, tokenizer, stop_token)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
     sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     with _evaluating(model), torch.no_grad():

@@ -6,7 +6,7 @@ Processes share the rows of each step, and take the steps that one process would
 Source: arXiv:1707.06347 (PPO), arXiv:1909.08593 (on language models), arXiv:2403.17031 (implementation details).
 """
 
-import copy
+import logging
 import math
 import time
 from dataclasses import dataclass, field
@@ -20,17 +20,10 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import speed_metrics
 
 from runner import rl_math, sampling
-from runner.actor_critic import (
-    ActorCritic,
-    Reading,
-    build_actor_critic,
-    check_vocabulary,
-    new_value_model,
-    same_vocabulary,
-)
+from runner.actor_critic import ActorCritic, Reading
 from runner.errors import ConfigError
+from runner.roles import build_actor_critic, check_vocabulary, initial_value_model
 from runner.rollout import Engine, Notes, Rollout, RolloutMaker, about, permutation, total_rewards
-from runner.sampling import Reward
 
 CLIPPING = ("cliprange_low", "cliprange_high", "dual_clip", "log_ratio_clamp")
 RATIO_SQUARED = "val/ratio_squared"  # is logged as the ratio's variance
@@ -38,6 +31,14 @@ SHARDED = (
     "trainer=ppo cannot shard a model: its layers are run under one adapter after the other. It runs in one process or "
     "in several that each hold the model (DDP): take fsdp and deepspeed out of trainer and launch."
 )
+OURS = {"temperature", "top_k", "top_p", "min_p", "do_sample", "num_beams", "num_return_sequences", "max_new_tokens",
+        "max_length", "eos_token_id", "pad_token_id", "use_cache"}  # fmt: skip
+UNFIT = {
+    "torch_compile": "its passes are not the model's own forward pass, which is what would be compiled",
+    "neftune_noise_alpha": "noise makes the ratio of old and new probabilities meaningless",
+}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -126,9 +127,17 @@ class PPOConfig(TrainingArguments):
             )
         if self.logging_steps is None:
             self.logging_steps = self.steps_per_rollout
+        compares = self.load_best_model_at_end or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        if compares and self.metric_for_best_model is None:
+            self.metric_for_best_model = "objective/scores"  # an evaluation has no loss
         super().__post_init__()
         if self.total_episodes and self.max_steps <= 0:
             self.max_steps = math.ceil(self.total_episodes / self.rollout_rows) * self.steps_per_rollout
+            logger.info(
+                "%d episodes are %d optimizer steps; num_train_epochs does not count",
+                self.total_episodes,
+                self.max_steps,
+            )
 
     @property
     def steps_per_rollout(self) -> int:
@@ -181,6 +190,16 @@ class PPOConfig(TrainingArguments):
             )
         if self.fsdp or self.deepspeed:
             faults.append(SHARDED)
+        if ours := sorted(OURS & set(self.generation_kwargs or {})):
+            faults.append(
+                f"trainer.generation_kwargs cannot set {', '.join(ours)}: a rollout has one completion to a prompt, "
+                "sampled with trainer.temperature, top_k, top_p, min_p, stop_token and max_completion_length."
+            )
+        faults += [
+            f"trainer.{name} has no place in PPO: {why}. Leave it out."
+            for name, why in UNFIT.items()
+            if getattr(self, name, None)
+        ]
         return faults
 
 
@@ -244,7 +263,7 @@ class PPOTrainer(Trainer):
             device=args.reward_device or args.device,
         )
         if mode == "separate" and value_model is None:
-            value_model = _initial_value_model(model, rewards, processing_class)
+            value_model = initial_value_model(model, rewards, processing_class)
         readers = {reward.name: reward.function for reward in rewards if reward.tokenizer is processing_class}
         for name, reader in {**readers, "value_model": value_model, "ref_model": ref_model}.items():
             check_vocabulary(name, reader, model, processing_class)
@@ -284,7 +303,9 @@ class PPOTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Return a clock: a tick per micro-batch. Which rows it stands for follows from the optimizer step."""
         args = self.args
-        rollouts = len(self.train_dataset) // args.rollout_rows
+        rollouts, left = divmod(len(self.train_dataset), args.rollout_rows)
+        if left:
+            logger.info("%d prompts are over after the rollouts of an epoch: the next one begins with them", left)
         ticks = rollouts * args.steps_per_rollout * args.gradient_accumulation_steps
         return DataLoader(range(ticks), batch_size=1, collate_fn=list)  # type: ignore[arg-type]  # a range is one
 
@@ -432,7 +453,8 @@ class PPOTrainer(Trainer):
         if self.optimizer is not None:
             return self.optimizer
         optimizer, own = super().create_optimizer(model), {id(p) for p in self.model.value_parameters}
-        rate = self.args.value_learning_rate or self.args.learning_rate
+        given = self.args.value_learning_rate
+        rate = self.args.learning_rate if given is None else given
         for group in list(optimizer.param_groups):
             value = [p for p in group["params"] if id(p) in own]
             group["params"] = [p for p in group["params"] if id(p) not in own]
@@ -447,7 +469,7 @@ class PPOTrainer(Trainer):
         norms = []
         for name in ("policy", "value"):
             parameters = getattr(self.model, f"{name}_parameters")
-            norms.append(nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm))
+            norms.append(nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm).to(self.args.device))
             self.notes.record(f"grad_norm/{name}", float(norms[-1]))
         return torch.stack(norms).norm()
 
@@ -559,10 +581,16 @@ def _check(args: PPOConfig, model: Any, peft_config: Any, ref_model: Any, train_
     faults = args.find_faults(prompts=len(train_dataset), adapted=adapted)
     if adapted and getattr(config, "is_prompt_learning", False):
         faults.append(f"peft={config.peft_type.value} puts virtual tokens before the prompt: choose peft=lora.")
-    if args.needs_reference and ref_model is None and getattr(config, "bias", "none") != "none":
+    if getattr(config, "bias", "none") != "none" and args.value_mode in (None, "adapter"):
         faults.append(
-            f"trainer.kl_coef={args.kl_coef} needs a reference and nothing can serve as one: peft.bias={config.bias} "
-            "trains the base, so that it is not the start any more: choose peft.bias=none, or trainer.kl_coef=0."
+            f"peft.bias={config.bias} trains the base, which trainer.value_mode=adapter puts a second adapter on: "
+            "choose peft.bias=none, or trainer.value_mode=shared."
+        )
+    elif getattr(config, "bias", "none") != "none" and args.needs_reference and ref_model is None:
+        faults.append(
+            f"trainer.kl_coef={args.kl_coef} and kl_loss_coef={args.kl_loss_coef} need a reference and nothing can "
+            f"serve as one: peft.bias={config.bias} trains the base, so that it is not the start any more: choose "
+            "peft.bias=none, or both at 0."
         )
     if hasattr(model, "get_base_model") and peft_config is not None:
         faults.append("The model has an adapter already and peft would put another on it: choose peft=none to go on.")
@@ -570,14 +598,3 @@ def _check(args: PPOConfig, model: Any, peft_config: Any, ref_model: Any, train_
         faults.append("No weight of the policy requires a gradient: choose peft=lora.")
     if faults:
         raise ConfigError("trainer=ppo cannot train this. " + " ".join(faults))
-
-
-def _initial_value_model(policy: Any, rewards: list[Reward], tokenizer: Any) -> Any:
-    """Return a value model that begins as the reward model, or else as the policy."""
-    for reward in rewards:
-        model = reward.function
-        if not (isinstance(model, nn.Module) and hasattr(model, "score")):
-            continue
-        if same_vocabulary(model, policy, tokenizer) and reward.tokenizer.get_vocab() == tokenizer.get_vocab():
-            return copy.deepcopy(model).float().requires_grad_(True)
-    return new_value_model(policy)

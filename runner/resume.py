@@ -19,6 +19,7 @@ HARMLESS = {
     *(f"trainer.{key}" for key in ("run_name", "disable_tqdm", "push_to_hub", "hub_model_id", "hub_private_repo")),
     *(f"trainer.{key}" for key in ("hub_revision", "hub_strategy", "log_level", "dataloader_num_workers")),
 }
+RUN_CODE = {"allow_code", "trust_remote_code"}  # opted in by typing them, each time
 LENGTHS = {"trainer.max_steps", "trainer.num_train_epochs", "trainer.total_episodes"}
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,9 @@ def prepare(run_dir: Path, typed: dict[str, Any], *, allow_changes: bool) -> boo
     for key, value in typed.items():
         OmegaConf.update(after, key, value, force_add=True)
     old, new = flat(OmegaConf.to_container(before)), flat(OmegaConf.to_container(after))
+    for key in (key for key, value in old.items() if value and key.rpartition(".")[2] in RUN_CODE):
+        if typed.get(key) != old[key]:
+            raise ConfigError(f"{run_dir} runs code of its own: if you trust it, type {key}={_typed(old[key])} again.")
     changed = {key: [old.get(key), new.get(key)] for key in sorted(old | new) if old.get(key) != new.get(key)}
     resolved: Any = OmegaConf.to_container(after)
     if faults := find_faults(resolved, record.get("choices") or {}):
@@ -69,6 +73,10 @@ def prepare(run_dir: Path, typed: dict[str, Any], *, allow_changes: bool) -> boo
     resumes = [*record.get("resumes", []), {"status": record["status"], "changed": changed}]
     manifest.update(run_dir, status="resumed", resumes=resumes)
     return True
+
+
+def _typed(value: Any) -> str:
+    return f"[{','.join(value)}]" if isinstance(value, list) else str(value).lower()
 
 
 def _longer(key: str, pair: list[Any], constant: bool) -> bool:

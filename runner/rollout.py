@@ -116,16 +116,12 @@ class RolloutMaker:
         self.engine, self.autocast, self.notes = engine or self._sample, autocast, notes
         self.kl_coef, self.moments = args.kl_coef, rl_math.Moments()
         self.live: list[tuple[list[int], Reading]] = []
-        stops = sampling.stop_ids(actor_critic, tokenizer)
-        if args.stop_token not in (None, "eos"):
-            ids = tokenizer.encode(args.stop_token, add_special_tokens=False)
-            if len(ids) != 1:
-                raise ConfigError(
-                    f"trainer.stop_token={args.stop_token!r} cannot end a completion: it is {len(ids)} tokens, "
-                    f"{tokenizer.convert_ids_to_tokens(ids)}. Choose a single token, or null for the tokenizer's EOS."
-                )
-            stops += ids
-        self.stop_ids = list(dict.fromkeys(stops))
+        self.stop_ids = sampling.stop_ids(actor_critic, tokenizer, args.stop_token)
+        readers = [
+            actor_critic,
+            *(m for m in (actor_critic.reference, actor_critic.own_value_model) if hasattr(m, "config")),
+        ]
+        self.vocabulary = min(int(model.config.get_text_config().vocab_size) for model in readers)
         self.pad_id = next(token for token in (tokenizer.pad_token_id, *self.stop_ids, 0) if token is not None)
         context = getattr(actor_critic.config.get_text_config(), "max_position_embeddings", None) or 1 << 40
         self.prompt_limit = min(args.max_prompt_length or context, context - args.max_completion_length)
@@ -147,6 +143,7 @@ class RolloutMaker:
             batch_size=args.rollout_forward_batch_size,
             stop_ids=self.stop_ids,
             pad_id=self.pad_id,
+            vocabulary=self.vocabulary,
             options=args.generation_kwargs,
             **{name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")},
         )
@@ -240,9 +237,10 @@ class RolloutMaker:
         over the rollout needs no forward pass of its own.
         """
         args, size, count = self.args, self.args.rollout_rows, len(dataset)
-        epoch, place = divmod(index, count // size)
         seed = args.data_seed if args.data_seed is not None else args.seed
-        order = permutation(count, seed, "prompts", epoch)[place * size : (place + 1) * size]
+        (epoch, start), (last, _) = divmod(index * size, count), divmod((index + 1) * size - 1, count)
+        orders = [place for one in range(epoch, last + 1) for place in permutation(count, seed, "prompts", one)]
+        order = orders[start : start + size]
         seeds = [sampling.seed_of(args.seed, "completion", index, row) for row in range(size)]
         episodes = self.play([dataset[row] for row in order], seeds, state, self.notes, values=True, live=live)
         width = max(1, *(len(one.completion) for one in episodes))
@@ -269,7 +267,8 @@ class RolloutMaker:
             reward_position=args.reward_position,
             **{name: getattr(args, name) for name in SHAPING},
         )
-        self._note(episodes, shaped, policy, mask, scored)
+        away = torch.where(mask, policy - reference, 0).sum(1)[scored] if args.needs_reference else raw[:0]
+        self._note(episodes, shaped, policy, mask, scored, away)
         rollout = Rollout(
             index=index,
             ids=[one.ids for one in episodes],
@@ -285,9 +284,18 @@ class RolloutMaker:
         return rollout, self._samples(episodes, shaped.scores.tolist(), state, rollout=index)
 
     def _note(
-        self, episodes: list[Episode], shaped: rl_math.Shaped, logps: Tensor, mask: Tensor, scored: Tensor
+        self,
+        episodes: list[Episode],
+        shaped: rl_math.Shaped,
+        logps: Tensor,
+        mask: Tensor,
+        scored: Tensor,
+        away: Tensor,
     ) -> None:
-        """Record what a rollout was like, warn of what cannot be learned from, and steer the KL."""
+        """Record what a rollout was like, warn of what cannot be learned from, and steer the KL.
+
+        ``away`` is log-probability under the policy less that under the reference, one a completion, or empty.
+        """
         args, count, notes = self.args, max(1, int(scored.sum())), self.notes
         kl, scores = shaped.kl.sum(1)[scored], shaped.scores[scored]
         entropy = _table([one.frozen["entropy"] for one in episodes], mask.size(1)).to(mask.device)
@@ -316,15 +324,13 @@ class RolloutMaker:
         if cut := sum(one.cut for one in episodes):
             limit = self.prompt_limit
             notes.warn("%d of %d prompts are longer than %d tokens: their ends are used", cut, len(episodes), limit)
-        if len(kl) < 2:
-            return
-        if args.kl_estimator == "k1" and float(kl.mean() + 2 * kl.std() / len(kl) ** 0.5) < -1e-3:
+        if len(away) > 1 and float(away.mean() + 2 * away.std() / len(away) ** 0.5) < -1e-3:
             notes.warn(
                 "the KL to the reference is negative on average (%.3g), which no distance is: completions are not "
                 "sampled from the policy that is scored (top_k, top_p, min_p, generation_kwargs, the engine)",
-                float(kl.mean()),
+                float(away.mean()),
             )
-        if args.target_kl:
+        if args.target_kl and len(kl):
             self.kl_coef = rl_math.adaptive_kl(
                 *(self.kl_coef, float(kl.mean())), target=args.target_kl, horizon=args.kl_horizon, episodes=len(kl)
             )
@@ -338,8 +344,10 @@ class RolloutMaker:
                 "index": index,
                 "prompt": self.tokenizer.decode(one.prompt),
                 "completion": one.text,
-                "scores": dict(zip(names, one.rewards, strict=True)),
-                "score": scores[index],
+                "scores": {
+                    name: None if math.isnan(value) else value for name, value in zip(names, one.rewards, strict=True)
+                },
+                "score": None if all(map(math.isnan, one.rewards)) else scores[index],
             }
             for index, one in enumerate(episodes[: self.args.num_samples])
         ]

@@ -76,15 +76,28 @@ def encode_prompt(tokenizer: Any, row: Mapping[str, Any], template: Mapping[str,
         tokenize=True,
         return_dict=True,
         **template,
+        **(row.get("chat_template_kwargs") or {}),
     )
     return list(encoded["input_ids"])
 
 
-def stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return the ids that end a completion: the tokenizer's, and those of the model, which may be several."""
+def stop_ids(model: Any, tokenizer: Any, stop_token: str | None = None) -> list[int]:
+    """Return the ids that end a completion: the tokenizer's, those of the model, which may be several, and one more.
+
+    Raises:
+        ConfigError: ``stop_token`` is not one token.
+    """
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    listed = own if isinstance(own, list) else [own]
-    return list(dict.fromkeys(token for token in [tokenizer.eos_token_id, *listed] if token is not None))
+    found = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    if stop_token not in (None, "eos"):
+        ids = tokenizer.encode(stop_token, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ConfigError(
+                f"trainer.stop_token={stop_token!r} cannot end a completion: it is {len(ids)} tokens, "
+                f"{tokenizer.convert_ids_to_tokens(ids)}. Choose a single token, or null for the tokenizer's EOS."
+            )
+        found += ids
+    return list(dict.fromkeys(token for token in found if token is not None))
 
 
 def sample(
@@ -100,6 +113,7 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float | None = None,
+    vocabulary: int | None = None,
     options: Row | None = None,
 ) -> list[list[int]]:
     """Sample a completion to each prompt, in batches of like length, with the KV cache.
@@ -119,6 +133,7 @@ def sample(
         top_k: Likeliest tokens to choose from; 0 is all.
         top_p: Likeliest tokens of that mass to choose from.
         min_p: Tokens at least that likely, relative to the likeliest.
+        vocabulary: Ids from here on are never sampled; None: all can be.
         options: More of ``transformers.GenerationConfig``.
 
     Returns:
@@ -133,9 +148,8 @@ def sample(
         mask = torch.tensor([[0] * (width - len(prompts[row])) + [1] * len(prompts[row]) for row in group])
         choosers: list[LogitsProcessor] = []
         if seeds is not None:
-            generators = [torch.Generator().manual_seed(seeds[row]) for row in group]
-            numbers = torch.stack([torch.rand(max_new_tokens, generator=generator) for generator in generators])
-            choosers = [*_warpers(temperature, top_k, top_p, min_p), _Chooser(numbers.to(model.device), width)]
+            numbers = _draw([seeds[row] for row in group], max_new_tokens).to(model.device)
+            choosers = [*_warpers(temperature, top_k, top_p, min_p), _Chooser(numbers, width, vocabulary)]
         sampled = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
@@ -145,6 +159,12 @@ def sample(
         for row, tokens in zip(group, sampled[:, width:].tolist(), strict=True):
             completions[row] = tokens
     return completions
+
+
+def _draw(seeds: list[int], count: int) -> Tensor:
+    """Return (B, count) numbers in [0, 1), each row from its own seed."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.rand(count, generator=generator) for generator in generators])
 
 
 def _warpers(temperature: float, top_k: int, top_p: float, min_p: float | None) -> list[LogitsProcessor]:
@@ -158,10 +178,12 @@ def _warpers(temperature: float, top_k: int, top_p: float, min_p: float | None) 
 class _Chooser(LogitsProcessor):
     """Leaves one token a row: the one that the row's own random number of this step chooses."""
 
-    def __init__(self, numbers: Tensor, width: int) -> None:
-        self.numbers, self.width = numbers, width
+    def __init__(self, numbers: Tensor, width: int, vocabulary: int | None) -> None:
+        self.numbers, self.width, self.vocabulary = numbers, width, vocabulary
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.vocabulary is not None:
+            scores[:, self.vocabulary :] = -math.inf
         chosen = rl_math.choose_tokens(scores, self.numbers[:, input_ids.size(1) - self.width])
         return torch.full_like(scores, -math.inf).scatter_(1, chosen[:, None], 0.0)
 
@@ -220,6 +242,9 @@ def prepare_rewards(
         if not getattr(model, "is_quantized", False):
             model.to(device)
         rewards.append(Reward(name, model.eval().requires_grad_(False), own))
+    for place, reward in enumerate(rewards):  # metrics are told apart by name
+        if same := sum(other.name == reward.name for other in rewards[:place]):
+            reward.name += f"_{same + 1}"
     return rewards
 
 

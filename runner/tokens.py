@@ -98,10 +98,11 @@ def fit_lengths(
             refuses a row.
     """
     key = _refuse_policy(too_long, max_length, reads, trainer)
+    tools = reads != "prompt" or trainer == "ppo"
     counted: list[list[Counts]] = []
     for start in range(0, len(dataset), CHUNK_ROWS):
         chunk = dataset.select(range(start, min(start + CHUNK_ROWS, len(dataset)))).to_list()
-        counted += count_tokens(chunk, tokenizer, reads=reads, first_row=start + 1)
+        counted += count_tokens(chunk, tokenizer, reads=reads, first_row=start + 1, tools=tools)
     limit = float("inf") if max_length is None else max_length
     kept, over, unlearnt = _apply(counted, limit, reads, too_long, name, key)
     audit = {
@@ -119,7 +120,12 @@ def fit_lengths(
 
 
 def count_tokens(
-    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", *, reads: str, first_row: int = 1
+    rows: Sequence[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    reads: str,
+    first_row: int = 1,
+    tools: bool = True,
 ) -> list[list[Counts]]:
     """Count the tokens of each row: of its one sequence, or of chosen and rejected.
 
@@ -131,6 +137,7 @@ def count_tokens(
         tokenizer: with chat template if rows are messages.
         reads: what the trainer reads; of ``prompt`` only the prompt is counted.
         first_row: number of the first row, for messages.
+        tools: whether the trainer tells the template a row's tools and variables.
 
     Raises:
         ConfigError: there is no chat template, or it refuses a row.
@@ -140,7 +147,7 @@ def count_tokens(
         return [[] for _ in rows]
     is_chat = any(isinstance(part, list) for part in pairs[0][1:])
     texts = [
-        _render(rows[number], prompt, answer, tokenizer, reads, first_row + number)
+        _render(rows[number], prompt, answer, tokenizer, first_row + number, tools=tools)
         if is_chat
         else _join(prompt, answer, tokenizer)
         for number, prompt, answer in pairs
@@ -185,7 +192,7 @@ def _join(prompt: Any, answer: Any, tokenizer: "PreTrainedTokenizerBase") -> tup
 
 
 def _render(
-    row: Row, prompt: Any, answer: Any, tokenizer: "PreTrainedTokenizerBase", reads: str, number: int
+    row: Row, prompt: Any, answer: Any, tokenizer: "PreTrainedTokenizerBase", number: int, *, tools: bool
 ) -> tuple[str, str]:
     """Return a chat's prompt and the whole chat, as the chat template writes them."""
     from jinja2 import TemplateError
@@ -195,9 +202,9 @@ def _render(
             "Rows of messages need a chat template, and the tokenizer has none. Type model.chat_template=FILE.jinja."
         )
     options: dict[str, Any] = {"tokenize": False}
-    if reads != "prompt":
-        tools = row.get("tools")
-        options["tools"] = json.loads(tools) if isinstance(tools, str) else tools
+    if tools:
+        told = row.get("tools")
+        options["tools"] = json.loads(told) if isinstance(told, str) else told
         options |= row.get("chat_template_kwargs") or {}
     try:
         before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options) if prompt else ""

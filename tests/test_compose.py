@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 
@@ -168,3 +169,27 @@ def test_what_needs_no_torch_imports_none(arguments, tmp_path):
     assert "query=bash" not in arguments or "trainer=ppo" in done.stdout.split()
     assert done.returncode == (2 if "trainer.bta=0.2" in arguments else 0)
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["resume=no/such"], "it has no manifest.json"),
+        (["resume=auto"], "type output_dir="),
+        (["resume.allow_changes=true"], "has no effect without resume="),
+        (["resume=a", "model=qwen0.5b"], "model=qwen0.5b cannot be typed here"),
+        (["-m", "resume=a", "seed=1,2"], "goes on with one run"),
+    ],
+)
+def test_a_resume_that_cannot_be_is_refused(words, answer, tmp_path, monkeypatch):
+    from runner.__main__ import find_resumed
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=re.escape(answer)):
+        find_resumed(words)
+
+
+def test_a_run_that_does_not_exist_yet_begins_with_resume_auto(tmp_path):
+    from runner.__main__ import find_resumed
+
+    assert find_resumed(["resume=auto", f"output_dir={tmp_path / 'new'}"]) is None

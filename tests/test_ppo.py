@@ -535,6 +535,17 @@ def test_long_prompts_lose_their_start_and_are_counted(tmp_path, caplog):
     assert caplog.text.count("longer than 4 tokens") == 1
 
 
+def test_prompts_that_are_over_come_first_in_the_next_epoch(tmp_path):
+    trainer = build(tmp_path, train=prompts(12), max_steps=12)  # rollouts of 8
+    seen, play = [], trainer.maker.play
+    trainer.maker.play = lambda rows, *args, **kwargs: (
+        seen.extend(r["prompt"] for r in rows) or play(rows, *args, **kwargs)
+    )
+    trainer.train()
+    assert len(set(seen[:12])) == 12
+    assert len(set(seen[12:])) == 12
+
+
 # ---- rewards ------------------------------------------------------------------------------------------------------
 
 
@@ -881,7 +892,10 @@ def test_what_cannot_be_trained_is_refused_with_what_to_type(tmp_path):
         ({"peft": False, "value_mode": "adapter"}, "choose peft=lora"),
         ({"reward_funcs": larger}, "5000 tokens and the policy 293"),
         ({"value_mode": "separate", "value_model": larger}, "value_model cannot read"),
-        ({"peft": lora(bias="all")}, "nothing can serve as one"),
+        ({"peft": lora(bias="all")}, "puts a second adapter on"),
+        ({"peft": lora(bias="all"), "value_mode": "shared"}, "nothing can serve as one"),
+        ({"generation_kwargs": {"num_beams": 2, "repetition_penalty": 1.1}}, "generation_kwargs cannot set num_beams:"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha has no place"),
         ({"whiten_rewards": True, "num_mini_batches": 1}, "whiten_rewards needs 8"),
         ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
         ({"model": adapted}, "an adapter already"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from test_run import BATCH, SMALL, extras, start
 from transformers import TrainerCallback
@@ -166,6 +167,19 @@ def test_a_constant_schedule_may_go_on_for_longer_but_not_end_sooner(ended):
     assert resume.prepare(ended, {"trainer.max_steps": 9}, allow_changes=False)
     with pytest.raises(ConfigError, match="max_steps from 9 to 8"):
         resume.prepare(ended, {"trainer.max_steps": 8}, allow_changes=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "typed"),
+    [("allow_code", ["mine.f"], r"allow_code=\[mine.f\]"), ("model.trust_remote_code", True, "trust_remote_code=true")],
+)
+def test_code_is_not_run_because_a_directory_says_so(ended, key, value, typed):
+    config = OmegaConf.load(ended / "config.yaml")
+    OmegaConf.update(config, key, value, force_add=True)
+    OmegaConf.save(config, ended / "config.yaml")
+    with pytest.raises(ConfigError, match=typed):
+        resume.prepare(ended, {}, allow_changes=True)
+    assert resume.prepare(ended, {key: value}, allow_changes=False)
 
 
 def test_a_misspelt_change_is_refused_as_everywhere(ended):

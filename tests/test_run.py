@@ -295,7 +295,7 @@ def test_a_recipe_runs_on_local_folders(recipe, llama_dir, neox_dir, tmp_path):
     short = {"article_grpo": extras("grpo")[1:], "article_ppo": extras("ppo")[1:]}.get(recipe, [])
     if recipe == "article_ppo":
         judge, _ = start(tmp_path, "trainer=reward", "peft=none", f"model.name_or_path={neox_dir}", name="judge")
-        short += [f"reward.model.name_or_path={judge / 'model'}", f"value_model.name_or_path={neox_dir}"]
+        short.append(f"reward.model.name_or_path={judge / 'model'}")
     run_dir, _ = start(
         tmp_path, f"experiment={recipe}", f"model.name_or_path={base}", f"dataset.path={tmp_path / 'rows'}", *short,
         data=["samples.rows=2", "samples.max_new_tokens=4"],

@@ -69,12 +69,16 @@ def test_of_an_online_trainer_only_the_prompt_counts():
     assert lengths({"prompt": "zz", "answer": "q"}, tiny_tokenizer(), "prompt") == [(2, 2)]
 
 
-def test_tools_are_told_to_the_template_but_not_by_online_trainers():
+def test_tools_are_told_to_the_template_but_not_by_trls_online_trainers():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% if tools %}{{ tools[0]['name'] }}{% endif %}" + TEMPLATE
     row = {**chat("zz", "q"), "tools": '[{"name": "zzzz"}]'}
     assert lengths(row, tokenizer) == [(10, 12)]
-    assert lengths(row, tokenizer, "prompt") == [(6, 6)]
+    totals = {
+        trainer: fit([row], tokenizer, reads="prompt", trainer=trainer)[1]["prompt_tokens"]["max"]
+        for trainer in ("grpo", "ppo")
+    }
+    assert totals == {"grpo": 6, "ppo": 10}
 
 
 def test_rows_over_max_length_are_left_out_and_counted(caplog):
