@@ -187,6 +187,16 @@ def load_classifier(
     return model
 
 
+def digest_weights(folder: Path) -> str | None:
+    """Return a digest of the weight files in a folder, their names included; None where there are none."""
+    digest = hashlib.sha256()
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*model*.bin")])
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest() if files else None
+
+
 def peft_for(config: "PeftConfig", *, trainer: str) -> "PeftConfig":
     """Return a copy of a PEFT config for a trainer: a reward model's score head is trained and saved with it."""
     config = copy.deepcopy(config)

@@ -68,7 +68,7 @@ def run(run_dir: Path) -> dict[str, float]:
         metrics = trainers.train(trainer, stopping, resumed=resumed)
         trainer.save_model(str(run_dir / "model"), _internal_call=True)  # publish uploads it
         metrics |= trainers.evaluate(trainer)
-        manifest.update(run_dir, metrics=metrics)
+        manifest.update(run_dir, metrics=metrics, result_sha256=models.digest_weights(run_dir / "model"))
     publish(run_dir, trainer)
     return metrics
 

@@ -302,6 +302,7 @@ def describe(trainer: Any) -> dict[str, Any]:
             "attention": model.config._attn_implementation,
             "quantization": _quantization(model.config),
             "commit": getattr(model.config, "_commit_hash", None),
+            "sha256": models.digest_weights(Path(model.config._name_or_path)),
         },
     }
 

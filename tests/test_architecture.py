@@ -17,6 +17,7 @@ SOURCES = sorted((ROOT / "runner").glob("*.py"))
 IMPORTS = {
     "__main__": {"compose", "config", "errors", "manifest", "redaction", "resume", "run"},
     "resume": {"config", "errors", "manifest"},
+    "replay": {"__main__", "compose", "errors", "manifest"},
     "compose": {"config", "errors", "safety"},
     "config": {"errors", "formats", "schema", "views"},
     "run": {"card", "checkpoints", "config", "data", "errors", "hardware", "manifest", "models", "preemption", "report",
@@ -79,7 +80,7 @@ def lines_of_code(path):
 
 
 def test_the_library_stays_small():
-    assert sum(map(lines_of_code, SOURCES)) < 6500
+    assert sum(map(lines_of_code, SOURCES)) < 6600
 
 
 def test_run_is_a_table_of_contents():

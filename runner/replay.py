@@ -1,0 +1,114 @@
+"""``python -m runner.replay RUN_DIR``: run an experiment again, and say whether it comes out the same."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from runner import compose, manifest
+from runner.errors import ConfigError, RunPreempted, RunStopped
+
+CLOCKS = ("seconds", "time/", "step_time", "train_runtime", "train_samples_per", "train_steps_per", "eval_runtime",
+          "eval_samples_per", "eval_steps_per")  # fmt: skip
+GIVEN = ("versions", "hardware.device", "hardware.cpu", "hardware.accelerators", "hardware.torch_threads", "chosen",
+         "data", "weights")  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Replay one run and exit with 0 if it was identical, 1 if not, 2 if it could not be replayed."""
+    parser = argparse.ArgumentParser(prog="python -m runner.replay", description=__doc__)
+    parser.add_argument("run_dir", type=Path, help="a completed run")
+    parser.add_argument("--output-dir", type=Path, help="where the replay goes; by default beside the run")
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        difference = replay(given.run_dir, given.output_dir)
+    except (ConfigError, RunStopped, RunPreempted) as error:
+        sys.stderr.write(f"runner.replay: {error}\n")
+        sys.exit(2)
+    sys.stdout.write(f"{difference or 'identical'}\n")
+    sys.exit(1 if difference else 0)
+
+
+def replay(run_dir: Path, output_dir: Path | None = None) -> str | None:
+    """Run a completed run's config again in a new directory.
+
+    Args:
+        run_dir: The run.
+        output_dir: The new directory.
+
+    Returns:
+        Where metrics or weights part for the first time; None when the two are identical.
+
+    Raises:
+        ConfigError: The run is not completed, or it runs code that its directory cannot opt into.
+    """
+    from runner.__main__ import start, write_run
+
+    record = manifest.read(run_dir)
+    if record["status"] != "completed":
+        raise ConfigError(f"{run_dir} cannot be compared with: its status is {record['status']}, not completed.")
+    config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    if code := [key for key, value in _leaves(config) if value and key.endswith(("allow_code", "trust_remote_code"))]:
+        raise ConfigError(f"{run_dir} cannot be replayed: {', '.join(code)} runs code that only typing it can allow.")
+    again = compose.claim(output_dir or run_dir.with_name(f"{run_dir.name}_replay"))
+    write_run(again, config, record.get("choices") or {}, record.get("overrides") or [])
+    before = manifest.read(again)
+    for line in differences(record, before, [name for name in GIVEN if name in before]):
+        logger.warning("Not as it was: %s", line)
+    start(again)
+    repeated = manifest.read(again)
+    for line in differences(record, repeated, [name for name in GIVEN if name != "versions"]):
+        logger.warning("Not as it was: %s", line)
+    return part(run_dir, again, record, repeated)
+
+
+def differences(one: Any, other: Any, names: list[str]) -> Iterator[str]:
+    """Yield what two manifests say otherwise under some dotted names."""
+    for name in names:
+        old, new = dict(_leaves(_at(one, name), name)), dict(_leaves(_at(other, name), name))
+        for key in sorted(old | new):
+            if old.get(key) != new.get(key):
+                yield f"{key} was {old.get(key)} and is {new.get(key)}"
+
+
+def part(one: Path, other: Path, record: Any, repeated: Any) -> str | None:
+    """Return where two runs part for the first time, in metrics, then in weights; None if nowhere."""
+    lines = [list(map(json.loads, (path / "metrics.jsonl").read_text().splitlines())) for path in (one, other)]
+    for old, new in zip(*lines, strict=False):
+        for key in sorted((old | new).keys()):
+            if not key.startswith(CLOCKS) and old.get(key) != new.get(key):
+                by = ""
+                if isinstance(old.get(key), int | float) and isinstance(new.get(key), int | float):
+                    by = f", by {abs(new[key] - old[key]):.3g}"
+                return f"They part at step {old.get('step')}: {key} was {old.get(key)} and is {new.get(key)}{by}"
+    if len(lines[0]) != len(lines[1]):
+        return f"They part at the end: {len(lines[0])} lines of metrics, and {len(lines[1])}"
+    if record.get("result_sha256") != repeated.get("result_sha256"):
+        return "All metrics are the same, and the final weights are not"
+    return None
+
+
+def _at(tree: Any, name: str) -> Any:
+    for key in name.split("."):
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree
+
+
+if __name__ == "__main__":
+    main()

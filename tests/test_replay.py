@@ -1,0 +1,56 @@
+import json
+
+import pytest
+from test_run import extras, start
+
+from runner import manifest, replay
+from runner.errors import ConfigError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("trainer", ["sft", "dpo", "grpo", "ppo"])
+def test_a_replay_in_another_place_is_identical(trainer, llama_dir, tmp_path):
+    run_dir, _ = start(
+        tmp_path, f"trainer={trainer}", f"model.name_or_path={llama_dir}", "trainer.learning_rate=1e-2",
+        "peft.lora_dropout=0.1", *extras(trainer),
+    )  # fmt: skip
+    assert replay.replay(run_dir, tmp_path / "elsewhere" / "again") is None
+    again = manifest.read(tmp_path / "elsewhere" / "again")
+    assert again["result_sha256"] == manifest.read(run_dir)["result_sha256"] is not None
+
+
+def test_a_replay_names_the_first_step_where_it_parts_and_by_how_much(llama_dir, tmp_path):
+    run_dir, _ = start(tmp_path, f"model.name_or_path={llama_dir}")
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    second = next(line for line in lines if line["step"] == 2 and "loss" in line)
+    second["loss"] += 0.5
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = replay.replay(run_dir)
+    assert found.startswith("They part at step 2: loss was")
+    assert found.endswith("by 0.5")
+
+
+def test_weights_are_compared_too(llama_dir, tmp_path):
+    run_dir, _ = start(tmp_path, f"model.name_or_path={llama_dir}")
+    manifest.update(run_dir, result_sha256="0" * 64)
+    assert replay.replay(run_dir) == "All metrics are the same, and the final weights are not"
+
+
+def test_what_is_not_as_it_was_is_named(llama_dir, tmp_path, caplog):
+    run_dir, _ = start(tmp_path, f"model.name_or_path={llama_dir}")
+    manifest.update(run_dir, versions={"trl": "1.15.0"}, data={"train": {"fingerprint": "x"}})
+    assert replay.replay(run_dir) is None
+    assert "versions.trl was 1.15.0 and is" in caplog.text
+    assert "data.train.fingerprint was x and is" in caplog.text
+
+
+def test_only_a_completed_run_that_needs_no_code_can_be_replayed(llama_dir, tmp_path):
+    run_dir, _ = start(tmp_path, f"model.name_or_path={llama_dir}")
+    config = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(config.replace("allow_code: []", "allow_code: [os.system]"))
+    with pytest.raises(ConfigError, match="allow_code runs code"):
+        replay.replay(run_dir)
+    manifest.update(run_dir, status="failed")
+    with pytest.raises(ConfigError, match="its status is failed"):
+        replay.replay(run_dir)
