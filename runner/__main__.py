@@ -10,7 +10,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from runner import compose
+from runner import compose, resume
 from runner.config import CONF, find_faults
 from runner.errors import ConfigError, RunPreempted, RunStopped
 from runner.redaction import Scrubbing, scrub
@@ -39,7 +39,7 @@ def task(composed: DictConfig) -> float | None:
         write_run(run_dir, config, choices, [text.removeprefix("++") for text in about.overrides.task])
         return start(run_dir)
     except RunPreempted as error:
-        log.warning("The run ended early: %s. Go on with: python -m runner resume=%s", error, run_dir)
+        log.warning("The run ended early: %s. Go on with: %s", error, resume.command(run_dir))
         sys.exit(error.code)
     except (ConfigError, RunStopped) as error:
         log.error("%s", error)
@@ -101,7 +101,7 @@ def main() -> None:
     try:
         if (run_dir := find_resumed(sys.argv[1:])) is not None:
             sys.exit(go_on(run_dir))
-        sys.argv[1:] = prepare([word for word in sys.argv[1:] if word != "resume=auto"])
+        sys.argv[1:] = prepare(without_resume(sys.argv[1:]), again="resume=auto" in sys.argv[1:])
     except ConfigError as error:
         sys.stderr.write(f"runner: {error}\n")
         sys.exit(2)
@@ -119,36 +119,39 @@ def find_resumed(argv: list[str]) -> Path | None:
     Raises:
         ConfigError: There is nothing to resume, or it cannot be.
     """
-    named = {word.partition("=")[2] for word in argv if word.startswith("resume=")}
-    allow = [word for word in argv if word.startswith("resume.allow_changes=")]
+    named = [word.partition("=")[2] for word in argv if word.startswith("resume=")]
+    allow = [word.partition("=")[2] for word in argv if word.startswith("resume.allow_changes=")]
     if not named:
         if allow:
-            raise ConfigError(f"{allow[0]} has no effect without resume=<run directory>.")
+            raise ConfigError("resume.allow_changes has no effect without resume=<run directory>.")
         return None
-    from runner import resume
-
-    words = [word for word in argv if not word.startswith("resume")]
-    arguments = compose.parse_arguments(words)
+    arguments = compose.parse_arguments(without_resume(argv))
     if arguments.multirun or arguments.cfg or len(named) > 1:
         raise ConfigError("resume= goes on with one run: leave out -m and --cfg, and name one directory.")
-    options = {"allow_changes": allow == ["resume.allow_changes=true"]}
-    (where,) = named
-    if where != "auto":
-        typed, run_dir = compose.read_values(arguments.overrides), Path(where)
-    else:
-        if not any(text.startswith("output_dir=") for text in arguments.overrides):
+    if allow and allow[-1].lower() not in ("true", "false"):
+        raise ConfigError(f"resume.allow_changes takes true or false, found {allow[-1]!r}.")
+    options: dict[str, Any] = {"allow_changes": bool(allow) and allow[-1].lower() == "true"}
+    typed = compose.read_values(arguments.overrides, groups=named == ["auto"])
+    run_dir = Path(named[0])
+    if named == ["auto"]:
+        if "output_dir" not in typed:
             raise ConfigError("resume=auto needs the directory that the run has every time: type output_dir=...")
         places = {"config_dir": arguments.config_dir, "config_name": arguments.config_name or "config"}
         composed = compose.compose(arguments.overrides, **places)
-        typed, run_dir = resume.flat(composed.config), composed.run_dir
-        if not (run_dir / "config.yaml").exists():
+        options["config"], run_dir = composed.config, composed.run_dir
+        if not (run_dir / "manifest.json").exists():
             return None
     if resume.prepare(run_dir, typed, **options):
         return run_dir
-    if where != "auto":
+    if named != ["auto"]:
         raise ConfigError(f"{run_dir} is completed: there is nothing to resume. Its result is in {run_dir / 'model'}.")
     sys.stderr.write(f"runner: {run_dir} is completed already\n")
     sys.exit(0)  # what starts a job again until it is done need not know
+
+
+def without_resume(argv: list[str]) -> list[str]:
+    """Return a command line without its words on resuming, which are no keys of the config."""
+    return [word for word in argv if not word.startswith(("resume=", "resume.allow_changes="))]
 
 
 def go_on(run_dir: Path) -> int:
@@ -165,7 +168,7 @@ def go_on(run_dir: Path) -> int:
     try:
         start(run_dir)
     except RunPreempted as error:
-        log.warning("The run ended early: %s. Go on with: python -m runner resume=%s", error, run_dir)
+        log.warning("The run ended early: %s. Go on with: %s", error, resume.command(run_dir))
         return error.code
     except (ConfigError, RunStopped) as error:
         log.error("%s", error)
@@ -173,8 +176,12 @@ def go_on(run_dir: Path) -> int:
     return 0
 
 
-def prepare(argv: list[str]) -> list[str]:
+def prepare(argv: list[str], *, again: bool = False) -> list[str]:
     """Check a command line and return it as Hydra should see it.
+
+    Args:
+        argv: The words after the program's name.
+        again: Whether the run begins in a directory that is there already, but holds no run.
 
     Raises:
         ConfigError: All faults found.
@@ -191,7 +198,9 @@ def prepare(argv: list[str]) -> list[str]:
     for cell in compose.expand_sweep(arguments.overrides) if arguments.multirun else [arguments.overrides]:
         checked = compose.compose(cell, **where)
     if not only_shown and not arguments.multirun:
-        run_dir = str(compose.claim(checked.run_dir)).replace("'", r"\'")
+        begun = again and checked.run_dir.is_dir()
+        (checked.run_dir / "config.yaml").unlink(missing_ok=True) if begun else None
+        run_dir = str(checked.run_dir if begun else compose.claim(checked.run_dir)).replace("'", r"\'")
         overrides.append(f"hydra.run.dir='{run_dir}'")
     return options + overrides
 

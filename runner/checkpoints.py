@@ -4,11 +4,13 @@ A checkpoint's seal is written last. It names every file with its size and diges
 were, so that a run which goes on from it ends with the logs of a run that was never interrupted.
 """
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from runner.errors import ConfigError
 SEAL, STATE = "complete.json", "runner_state.pt"
 LOGS = ("metrics.jsonl", "samples.jsonl")
 # What the trainers of transformers 5 and trl 1.16 count or hold between steps, and do not save.
-COUNTED = ("_total_loss_scalar", "_globalstep_last_logged", "_tr_loss", "_total_train_tokens", "_step")
+COUNTED = ("_total_loss_scalar", "_globalstep_last_logged", "_tr_loss", "_total_train_tokens", "_step", "entropy_coef",
+           "_last_world_entropy")  # fmt: skip
 COLLECTED = ("_metrics", "_stored_metrics")  # numbers of steps that are not logged yet, by mode and name
 HELD = "_buffered_inputs"  # completions in hand of GRPO and RLOO
 
@@ -40,19 +43,47 @@ class Checkpoints(TrainerCallback):
 
     def __init__(self, trainer: Any, run_dir: Path, *, keep: int | None, resumed: Path | None) -> None:
         self.trainer, self.run_dir, self.keep, self.resumed = trainer, run_dir, keep, resumed
+        self.went_on = False
+        self.order: torch.Tensor | None = None  # random state that the order of this epoch is drawn from
         trainer.callback_handler.callbacks.insert(0, self)  # before those that write what it corrects
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the trainer back what it had counted and held."""
         if self.resumed is None:
             return
+        if getattr(args, "sync_ref_model", False):
+            raise ConfigError(
+                f"{self.run_dir} cannot be resumed: trainer.sync_ref_model changes a model that is not saved."
+            )
         found = torch.load(self.resumed / STATE, map_location=args.device, weights_only=True)
+        self.order = found.pop("order").cpu()
+        self._find_best(self.resumed, state)
+        sampler: Any = getattr(getattr(kwargs.get("train_dataloader"), "batch_sampler", None), "sampler", None)
+        if type(sampler).__name__ == "RepeatSampler" and getattr(sampler, "shuffle", False):
+            for _ in range(int(state.epoch)):  # orders of the epochs that are over: trl draws one after the other
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
         for name in COLLECTED:
             for mode, numbers in found.pop(name, {}).items():
                 getattr(self.trainer, name)[mode].clear()
                 getattr(self.trainer, name)[mode].update(numbers)
         for name, value in found.items():
             setattr(self.trainer, name, value)
+
+    def _find_best(self, resumed: Path, state: Any) -> None:
+        """Let the best checkpoint be the one of this directory, which may have moved, if it is as it was written."""
+        if saved := json.loads((resumed / "trainer_state.json").read_text(encoding="utf-8"))["best_model_checkpoint"]:
+            best = self.run_dir / "checkpoints" / Path(saved).name
+            if fault := find_fault(best):
+                raise ConfigError(
+                    f"{self.run_dir} cannot be resumed: of its best checkpoint {best}, {fault}. Restore it."
+                )
+            state.best_model_checkpoint = str(best)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw the order of a resumed epoch from the random state that it was drawn from before."""
+        if self.order is not None and self.resumed and not float(state.epoch or 0).is_integer() and not self.went_on:
+            torch.set_rng_state(self.order)
+        self.order, self.went_on = torch.get_rng_state(), True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Complete and seal the checkpoint that was just written, then delete those that are too many."""
@@ -61,7 +92,10 @@ class Checkpoints(TrainerCallback):
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         names = [name for name in (*COUNTED, *COLLECTED, HELD) if hasattr(self.trainer, name)]
-        torch.save({name: _plain(getattr(self.trainer, name)) for name in names}, folder / STATE)
+        found = {name: _plain(getattr(self.trainer, name)) for name in names}
+        torch.save({**found, "order": self.order}, folder / STATE)
+        for name in LOGS:
+            sync(self.run_dir / name)
         seal(folder, {name: _size(self.run_dir / name) for name in LOGS}, resumable=not args.save_only_model)
         best = state.best_model_checkpoint
         prune(folder.parent, keep=self.keep, best=Path(best).name if best else None)
@@ -83,8 +117,8 @@ def seal(folder: Path, logs: Mapping[str, int], *, resumable: bool = True) -> No
     """
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SEAL):
+        sync(path)
         with path.open("rb") as file:
-            os.fsync(file.fileno())
             files[str(path.relative_to(folder))] = [
                 path.stat().st_size,
                 hashlib.file_digest(file, "sha256").hexdigest(),
@@ -95,6 +129,13 @@ def seal(folder: Path, logs: Mapping[str, int], *, resumable: bool = True) -> No
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(folder / SEAL)
+
+
+def sync(path: Path) -> None:
+    """Write a file to disk, if there is one."""
+    if path.exists():
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
 
 
 def find_fault(folder: Path) -> str | None:
@@ -120,7 +161,7 @@ def find_fault(folder: Path) -> str | None:
 def go_back(run_dir: Path) -> Path | None:
     """Return the newest checkpoint of a run that can be used, with the run's logs cut back to it.
 
-    A new run has none. Newer ones that cannot be used are named and deleted, so that none is mistaken for complete.
+    A new run has none. Newer ones that cannot be used are named, and renamed to ``.damaged``.
 
     Raises:
         ConfigError: None can be used, though one was complete; or they hold no more than the model.
@@ -138,7 +179,8 @@ def go_back(run_dir: Path) -> Path | None:
             f"{run_dir} cannot be resumed: all its checkpoints are damaged, see above. Restore one, or start anew."
         )
     for folder in broken:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder.with_suffix(".damaged"), ignore_errors=True)
+        folder.rename(folder.with_suffix(".damaged"))
     if found is None and not (run_dir / LOGS[0]).exists():
         return None
     sealed = json.loads((found / SEAL).read_text(encoding="utf-8")) if found else {"logs": dict.fromkeys(LOGS, 0)}
@@ -147,9 +189,33 @@ def go_back(run_dir: Path) -> Path | None:
             f"{run_dir} cannot be resumed: its checkpoints hold the model only (trainer.save_only_model)."
         )
     for name, length in sealed["logs"].items():
+        if _size(run_dir / name) < length:
+            raise ConfigError(
+                f"{run_dir / name} is shorter than when {found} was saved: it was cut or lost. Restore it."
+            )
         if (run_dir / name).exists():
             os.truncate(run_dir / name, length)
     logger.info("Going on from %s", found or "the start: no checkpoint is complete")
+    return found
+
+
+def free_space(run_dir: Path, fault: BaseException) -> bool:
+    """Tell whether a full disk or quota is what a save failed of; then delete what it left unfinished."""
+    full = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+    chain: list[BaseException] = [fault]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    found = any(getattr(one, "errno", None) in full or os.strerror(errno.ENOSPC) in str(one) for one in chain)
+    try:  # torch.save and safetensors say it in words of their own
+        with tempfile.NamedTemporaryFile(dir=run_dir) as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        found |= error.errno in full
+    for folder in _by_step(run_dir / "checkpoints") if found else []:
+        if not (folder / SEAL).exists():
+            shutil.rmtree(folder)
     return found
 
 

@@ -58,13 +58,16 @@ def rewrite_overrides(overrides: list[str]) -> list[str]:
     return rewritten
 
 
-def compose(overrides: list[str], *, config_dir: str | None = None, config_name: str = "config") -> Composed:
+def compose(
+    overrides: list[str], *, config_dir: str | None = None, config_name: str = "config", check: bool = True
+) -> Composed:
     """Compose and check one config; nothing is imported that it names, and nothing is written.
 
     Args:
         overrides: As typed, without sweeps.
         config_dir: A folder of the person's own options and recipes (``--config-dir``).
         config_name: The primary config (``--config-name``).
+        check: Whether keys and values are checked; dangers always are.
 
     Raises:
         ConfigError: All faults of the config, at once.
@@ -87,13 +90,17 @@ def compose(overrides: list[str], *, config_dir: str | None = None, config_name:
         choices = {k: str(v) for k, v in composed.hydra.runtime.choices.items() if not k.startswith("hydra/")}
         run_dir = Path(_translated(lambda: composed.hydra.run.dir))
         config = _translated(lambda: _resolved(composed))
-        if faults := find_faults(config, choices):
+        if check and (faults := find_faults(config, choices)):
             raise ConfigError(_listed(faults))
     return Composed(config, choices, run_dir)
 
 
-def read_values(overrides: list[str]) -> dict[str, Any]:
+def read_values(overrides: list[str], *, groups: bool = False) -> dict[str, Any]:
     """Return the values of plain ``key=value`` overrides by dotted key.
+
+    Args:
+        overrides: As typed.
+        groups: Whether options may be chosen too, which are passed over.
 
     Raises:
         ConfigError: One cannot be parsed, sweeps, or chooses an option of a group.
@@ -102,6 +109,8 @@ def read_values(overrides: list[str]) -> dict[str, Any]:
     found = {}
     for text, parsed in zip(overrides, _parse(overrides), strict=True):
         chooses = parsed.package is not None or parsed.key_or_group in group_names() or "/" in parsed.key_or_group
+        if chooses and groups:
+            continue
         if parsed.is_sweep_override() or parsed.is_delete() or chooses:
             raise ConfigError(f"{text} cannot be typed here: only single keys can, such as trainer.logging_steps=1.")
         found[parsed.key_or_group] = parsed.value()

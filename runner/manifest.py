@@ -1,7 +1,6 @@
 """manifest.json of a run directory: what ran, with what, and how it ended."""
 
 import contextlib
-import errno
 import hashlib
 import importlib.metadata
 import json
@@ -51,13 +50,18 @@ def create(run_dir: str | Path, *, argv: Sequence[str] | None = None, **fields: 
         "status": "created",
         "timeline": [{"status": "created", "time": _now()}],
         "argv": list(sys.argv if argv is None else argv),
-        "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else None,
+        "config_sha256": digest(config) if config.is_file() else None,
         "git": _git(),
         "versions": _versions(),
         "platform": _platform(),
         **fields,
     }
     return _write(run_dir, manifest)
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read(run_dir: str | Path) -> dict[str, Any]:
@@ -90,12 +94,30 @@ def update(run_dir: str | Path, **fields: Any) -> dict[str, Any]:
     return _write(run_dir, _merge(manifest, fields))
 
 
+def claim(run_dir: str | Path) -> Any:
+    """Return the lock of a run directory, held by this process; it ends with the process at the latest.
+
+    Raises:
+        ConfigError: Another process runs this directory.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(Path(run_dir) / ".lock")
+    try:
+        if int(os.environ.get("RANK", "0")) == 0:  # the first of several ranks holds it for all
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"{run_dir} is in use: a process still runs it. Wait for its end, or end it.") from None
+    return lock
+
+
 @contextlib.contextmanager
 def recording(run_dir: str | Path) -> Iterator[None]:
     """Keep the status of a run true: ``running`` inside, then ``completed``, ``failed`` or ``preempted``.
 
     Whatever ends the run is written with its cause and traceback and raised again.
     """
+    lock = claim(run_dir)
     update(run_dir, status="running", process=os.getpid(), cause=None, traceback=None)
     try:
         yield
@@ -105,7 +127,10 @@ def recording(run_dir: str | Path) -> Iterator[None]:
         except (OSError, ConfigError):  # a full disk must not hide why the run ended
             logger.exception("%s could not be updated", Path(run_dir) / FILE)
         raise
-    update(run_dir, status="completed", peak_memory=_peak_memory())
+    else:
+        update(run_dir, status="completed", peak_memory=_peak_memory())
+    finally:
+        lock.release()
 
 
 # ---- writing ----------------------------------------------------------------------------------------------
@@ -166,8 +191,6 @@ def _now() -> str:
 def _ending(fault: BaseException) -> dict[str, Any]:
     """Return status, cause and traceback for what ended a run."""
     status, cause = "failed", f"{type(fault).__name__}: {fault}"
-    if getattr(fault, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in cause:
-        cause = f"disk full: {fault}"
     if isinstance(fault, ConfigError | RunStopped):
         cause = str(fault)
     elif isinstance(fault, RunPreempted):

@@ -1,8 +1,8 @@
 """``resume=<run dir>``: a run that ended early goes on, with the config that it had."""
 
+import copy
 import logging
-import os
-import platform
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,22 @@ from omegaconf import OmegaConf
 from runner import manifest
 from runner.config import find_faults
 from runner.errors import ConfigError
+from runner.redaction import scrub
 
-# Keys that cannot change what is learnt: how often something is said, kept or shown, and to whom.
+# Keys that cannot change what is learnt: how often something is said or kept, and to whom.
 HARMLESS = {
-    *("output_dir", "max_seconds", "allow_code", "samples.rows", "samples.max_new_tokens", "samples.batch_size"),
-    *(f"trainer.{key}" for key in ("logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to")),
-    *(f"trainer.{key}" for key in ("run_name", "disable_tqdm", "push_to_hub", "hub_model_id", "hub_private_repo")),
-    *(f"trainer.{key}" for key in ("hub_revision", "hub_strategy", "log_level", "dataloader_num_workers")),
+    *("output_dir", "max_seconds", "allow_code"),
+    *(f"trainer.{key}" for key in ("logging_steps", "save_total_limit", "report_to", "run_name", "disable_tqdm")),
+    *(f"trainer.{key}" for key in ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy")),
+    *(f"trainer.{key}" for key in ("log_level", "dataloader_num_workers")),
+}
+# These neither, as long as no checkpoint is chosen by what is kept or answered.
+UNCHOSEN = {
+    "trainer.save_steps",
+    "trainer.save_strategy",
+    "samples.rows",
+    "samples.max_new_tokens",
+    "samples.batch_size",
 }
 RUN_CODE = {"allow_code", "trust_remote_code"}  # opted in by typing them, each time
 LENGTHS = {"trainer.max_steps", "trainer.num_train_epochs", "trainer.total_episodes"}
@@ -25,13 +34,14 @@ LENGTHS = {"trainer.max_steps", "trainer.num_train_epochs", "trainer.total_episo
 logger = logging.getLogger(__name__)
 
 
-def prepare(run_dir: Path, typed: dict[str, Any], *, allow_changes: bool) -> bool:
+def prepare(run_dir: Path, typed: dict[str, Any], *, allow_changes: bool, config: dict[str, Any] | None = None) -> bool:
     """Check that a run can go on, and give its directory the config that it will go on with.
 
     Args:
         run_dir: The run's directory.
-        typed: Changed keys, dotted, with their values.
+        typed: What was typed: dotted keys with their values.
         allow_changes: Whether changes may change the result.
+        config: The whole config to go on with; None: the run's own, with what was typed.
 
     Returns:
         Whether there is anything left to do.
@@ -40,39 +50,55 @@ def prepare(run_dir: Path, typed: dict[str, Any], *, allow_changes: bool) -> boo
         ConfigError: It is no run, still runs, or the changes are wrong or would change the result.
     """
     record = manifest.read(run_dir)
-    alive = record["status"] == "running" and record.get("platform", {}).get("host") == platform.node()
-    if alive and record.get("process") != os.getpid() and _lives(record.get("process")):
-        raise ConfigError(f"{run_dir} cannot be resumed: it is still running, as process {record['process']}.")
+    manifest.claim(run_dir).release()
     path = run_dir / "config.yaml"
-    before: Any = OmegaConf.load(path)
-    after = OmegaConf.create(OmegaConf.to_container(before))
-    for key, value in typed.items():
-        OmegaConf.update(after, key, value, force_add=True)
-    old, new = flat(OmegaConf.to_container(before)), flat(OmegaConf.to_container(after))
-    for key in (key for key, value in old.items() if value and key.rpartition(".")[2] in RUN_CODE):
-        if typed.get(key) != old[key]:
-            raise ConfigError(f"{run_dir} runs code of its own: if you trust it, type {key}={_typed(old[key])} again.")
-    changed = {key: [old.get(key), new.get(key)] for key in sorted(old | new) if old.get(key) != new.get(key)}
-    resolved: Any = OmegaConf.to_container(after)
-    if faults := find_faults(resolved, record.get("choices") or {}):
+    before: Any = OmegaConf.to_container(OmegaConf.load(path))
+    after = {**(copy.deepcopy(before) if config is None else config), "output_dir": before["output_dir"]}
+    for key, value in typed.items() if config is None else ():
+        *parents, last = key.split(".")
+        node = after
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    if faults := find_faults(after, record.get("choices") or {}):
         raise ConfigError("\n".join(faults))
+    if scrub(after) != after:
+        raise ConfigError(
+            "What was typed holds what looks like a secret, and it is written to disk: use the environment."
+        )
+    old, new = flat(before), flat(after)
+    for key in (key for key, value in new.items() if value and key.rpartition(".")[2] in RUN_CODE):
+        if typed.get(key) != new[key]:
+            raise ConfigError(f"{run_dir} runs code of its own: if you trust it, type {key}={_typed(new[key])} again.")
+    changed = {key: [old.get(key), new.get(key)] for key in sorted(old | new) if old.get(key) != new.get(key)}
+    harmless = HARMLESS | (set() if new.get("trainer.load_best_model_at_end") else UNCHOSEN)
     constant = new.get("trainer.lr_scheduler_type") == "constant"  # the others also warm up by a share of the steps
-    told = {key: pair for key, pair in changed.items() if key not in HARMLESS and not _longer(key, pair, constant)}
+    told = {key: pair for key, pair in changed.items() if key not in harmless and not _longer(key, pair, constant)}
     if told and not allow_changes:
         listed = ", ".join(f"{key} from {a} to {b}" for key, (a, b) in told.items())
         raise ConfigError(
             f"{run_dir} cannot be resumed with {listed}: the result would be neither run's. Leave that out, start a "
             "run of its own, or type resume.allow_changes=true, which is recorded."
         )
-    if record["status"] == "completed" and not any(_longer(key, pair, constant=True) for key, pair in changed.items()):
-        return False
+    if record["status"] == "completed":
+        if not any(_longer(key, pair, constant=True) for key, pair in changed.items()):
+            return False
+        if not any((run_dir / "checkpoints").glob("checkpoint-*/complete.json")):
+            raise ConfigError(f"{run_dir} cannot go on for longer: it kept no complete checkpoint.")
     if changed:
         temporary = path.with_name(".config.yaml")
-        temporary.write_text(OmegaConf.to_yaml(after), encoding="utf-8")
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(after)), encoding="utf-8")
         temporary.replace(path)
     resumes = [*record.get("resumes", []), {"status": record["status"], "changed": changed}]
-    manifest.update(run_dir, status="resumed", resumes=resumes)
+    manifest.update(run_dir, status="resumed", resumes=resumes, config_sha256=manifest.digest(path))
     return True
+
+
+def command(run_dir: Path) -> str:
+    """Return what to type to go on with a run."""
+    config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+    code = [f"{k}={_typed(v)}" for k, v in flat(config).items() if v and k.rpartition(".")[2] in RUN_CODE]
+    return shlex.join(["python", "-m", "runner", f"resume={run_dir}", *code])
 
 
 def _typed(value: Any) -> str:
@@ -94,13 +120,3 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
     return found
-
-
-def _lives(process: Any) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, TypeError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -65,7 +65,7 @@ def run(run_dir: Path) -> dict[str, float]:
 
         keep = config["trainer"].get("save_total_limit")
         checkpoints.Checkpoints(trainer, run_dir, keep=keep, resumed=resumed)
-        metrics = trainers.train(trainer, stopping, resumed=resumed)
+        metrics = trainers.train(trainer, stopping, run_dir, resumed=resumed)
         trainer.save_model(str(run_dir / "model"), _internal_call=True)  # publish uploads it
         metrics |= trainers.evaluate(trainer)
         manifest.update(run_dir, metrics=metrics, result_sha256=models.digest_weights(run_dir / "model"))

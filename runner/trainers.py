@@ -8,15 +8,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from runner import callbacks, evaluation, hardware, lm_head, models, rewards
+from safetensors import SafetensorError
+
+from runner import callbacks, checkpoints, evaluation, hardware, lm_head, models, rewards
 from runner.config import build, given, trainer_name
-from runner.errors import ConfigError, RunPreempted
+from runner.errors import ConfigError, RunPreempted, RunStopped
 
 TENSORBOARD_DIR = os.environ.get("TENSORBOARD_LOGGING_DIR")  # where the person wants all runs
 
 logger = logging.getLogger(__name__)
-# At import, bitsandbytes asks for a kernel that has no backward pass, whether weights are quantized or not.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def build_arguments(
@@ -255,19 +255,31 @@ def add_samples(
         trainer.add_callback(samples)
 
 
-def train(trainer: Any, stopping: Any, *, resumed: Path | None) -> dict[str, float]:
+def train(trainer: Any, stopping: Any, run_dir: Path, *, resumed: Path | None) -> dict[str, float]:
     """Train to the end and return the metrics of the training.
 
     Args:
         trainer: The trainer.
         stopping: The ``preemption.Preemption`` that may end it.
+        run_dir: The run's directory.
         resumed: The checkpoint to go on from.
 
     Raises:
         RunPreempted: It was told to end, and has left a checkpoint.
+        RunStopped: The disk is full.
     """
+    from transformers import TrainerState
+
     trainer.add_callback(stopping)
-    result = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    done = TrainerState.load_from_json(str(resumed / "trainer_state.json")).global_step if resumed else 0
+    if 0 < trainer.args.max_steps <= done:  # transformers would take one step more before it looks
+        trainer._run_epoch = lambda **_: setattr(trainer.control, "should_training_stop", True)
+    try:
+        result = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if checkpoints.free_space(run_dir, error):
+            raise RunStopped(f"disk full: {error}. The checkpoints before stay: make room, then resume.") from error
+        raise
     if stopping.ended:
         raise RunPreempted(f"{stopping.cause}, at step {trainer.state.global_step}", stopping.code)
     logged = trainer.state.log_history[-1]

@@ -16,13 +16,15 @@ SOURCES = sorted((ROOT / "runner").glob("*.py"))
 # Who may import whom; a module that is not named imports nothing of ours but errors.
 IMPORTS = {
     "__main__": {"compose", "config", "errors", "manifest", "redaction", "resume", "run"},
-    "resume": {"config", "errors", "manifest"},
+    "resume": {"config", "errors", "manifest", "redaction"},
+    "freeze": {"compose", "config", "errors", "manifest", "resume"},
     "replay": {"__main__", "compose", "errors", "manifest"},
     "compose": {"config", "errors", "safety"},
     "config": {"errors", "formats", "schema", "views"},
     "run": {"card", "checkpoints", "config", "data", "errors", "hardware", "manifest", "models", "preemption", "report",
             "tokens", "trainers", "views"},
-    "trainers": {"callbacks", "config", "errors", "evaluation", "hardware", "lm_head", "models", "rewards"},
+    "trainers": {"callbacks", "checkpoints", "config", "errors", "evaluation", "hardware", "lm_head", "models",
+                 "rewards"},
     "ppo": {"actor_critic", "errors", "rl_math", "roles", "rollout", "sampling"},
     "roles": {"actor_critic", "errors", "sampling"},
     "rollout": {"actor_critic", "errors", "rl_math", "sampling"},
@@ -80,7 +82,7 @@ def lines_of_code(path):
 
 
 def test_the_library_stays_small():
-    assert sum(map(lines_of_code, SOURCES)) < 6600
+    assert sum(map(lines_of_code, SOURCES)) < 6800
 
 
 def test_run_is_a_table_of_contents():

@@ -50,7 +50,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, c
     assert checkpoints.find_fault(bad) == fault
     assert checkpoints.go_back(tmp_path) == good
     assert f"{bad} cannot be used: {fault}" in caplog.text
-    assert not bad.exists()
+    assert (bad.parent / "checkpoint-10.damaged").is_dir()
 
 
 def test_a_checkpoint_that_was_not_finished_is_not_used(tmp_path):
@@ -104,3 +104,22 @@ def test_a_seal_names_every_file(tmp_path):
     folder = save(tmp_path, 2)
     sealed = json.loads((folder / checkpoints.SEAL).read_text())
     assert sealed["files"].keys() == {"model.safetensors", "value/head.safetensors"}
+
+
+def test_a_log_that_was_cut_is_not_filled_up(tmp_path):
+    save(tmp_path, 2)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="is shorter than"):
+        checkpoints.go_back(tmp_path)
+
+
+def test_a_full_disk_is_recognised_behind_other_words_and_unfinished_checkpoints_make_room(tmp_path):
+    good = save(tmp_path, 2)
+    bad = save(tmp_path, 4, sealed=False)
+    error = RuntimeError("unexpected pos 704 vs 598")
+    assert not checkpoints.free_space(tmp_path, error)
+    assert bad.exists()
+    error.__cause__ = OSError(28, "No space left on device")
+    assert checkpoints.free_space(tmp_path, error)
+    assert good.exists()
+    assert not bad.exists()

@@ -1,7 +1,6 @@
 """Runs that end early and go on: with what they had, or not at all."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from transformers import TrainerCallback
 
 from runner import checkpoints, manifest, resume, trainers
 from runner.config import option_names
-from runner.errors import ConfigError, RunPreempted
+from runner.errors import ConfigError, RunPreempted, RunStopped
 from runner.run import run
 
 pytestmark = pytest.mark.slow
@@ -87,6 +86,39 @@ def test_a_run_that_is_killed_and_goes_on_ends_as_if_it_had_not_been(trainer, ll
         assert (tmp_path / "parts" / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
 
 
+@pytest.mark.parametrize("trainer", ["grpo", "ppo", "sft"])
+def test_later_epochs_keep_their_order(trainer, llama_dir, tmp_path, monkeypatch):
+    options = [
+        *long(trainer),
+        f"model.name_or_path={llama_dir}",
+        "trainer.max_steps=12",
+    ]  # the second epoch begins at 8
+    whole, _ = start(tmp_path, *options, name="whole")
+    killed_at(monkeypatch, 11)
+    with pytest.raises(Killed):
+        start(tmp_path, *options, name="parts")
+    monkeypatch.undo()
+    run(tmp_path / "parts")
+    assert logged(tmp_path / "parts") == logged(whole)
+
+
+def test_a_run_that_is_killed_after_its_last_step_takes_no_other(llama_dir, tmp_path, monkeypatch):
+    options = [*long("sft"), f"model.name_or_path={llama_dir}", "trainer.lr_scheduler_type=constant"]
+    whole, _ = start(tmp_path, *options, name="whole")
+
+    def killed(*args):
+        raise Killed
+
+    monkeypatch.setattr(trainers, "evaluate", killed)
+    with pytest.raises(Killed):
+        start(tmp_path, *options, name="parts")
+    monkeypatch.undo()
+    run(tmp_path / "parts")
+    assert logged(tmp_path / "parts") == logged(whole)
+    one, other = (manifest.read(d)["result_sha256"] for d in (whole, tmp_path / "parts"))
+    assert one == other
+
+
 def test_completions_in_hand_are_part_of_a_checkpoint(llama_dir, tmp_path, monkeypatch):
     options = [*long("grpo"), f"model.name_or_path={llama_dir}", "trainer.steps_per_generation=4"]
     whole, _ = start(tmp_path, *options, name="whole")
@@ -121,8 +153,9 @@ def test_a_full_disk_is_the_cause_and_the_checkpoint_before_it_stays(llama_dir, 
         return write(thing, path, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(RunStopped, match="disk full"):
         start(tmp_path, *long("sft"), f"model.name_or_path={llama_dir}")
+    assert not (tmp_path / "run" / "checkpoints" / "checkpoint-4").exists()
     record = manifest.read(tmp_path / "run")
     assert (record["status"], record["cause"][:9]) == ("failed", "disk full")
     assert checkpoints.find_fault(tmp_path / "run" / "checkpoints" / "checkpoint-2") is None
@@ -163,6 +196,10 @@ def test_what_would_change_the_result_is_refused_unless_allowed(ended, typed):
 def test_a_constant_schedule_may_go_on_for_longer_but_not_end_sooner(ended):
     resume.prepare(ended, {"trainer.lr_scheduler_type": "constant"}, allow_changes=True)
     manifest.update(ended, status="completed")
+    with pytest.raises(ConfigError, match="no complete checkpoint"):
+        resume.prepare(ended, {"trainer.max_steps": 9}, allow_changes=False)
+    (ended / "checkpoints" / "checkpoint-6").mkdir(parents=True)
+    checkpoints.seal(ended / "checkpoints" / "checkpoint-6", {})
     assert not resume.prepare(ended, {}, allow_changes=False)
     assert resume.prepare(ended, {"trainer.max_steps": 9}, allow_changes=False)
     with pytest.raises(ConfigError, match="max_steps from 9 to 8"):
@@ -188,8 +225,7 @@ def test_a_misspelt_change_is_refused_as_everywhere(ended):
 
 
 def test_a_run_that_still_runs_is_left_alone(ended):
-    manifest.update(ended, status="running", process=os.getppid())
-    with pytest.raises(ConfigError, match="still running"):
+    with manifest.recording(ended), pytest.raises(ConfigError, match="still runs it"):
         resume.prepare(ended, {}, allow_changes=False)
 
 
@@ -225,8 +261,10 @@ def test_a_signal_ends_a_run_that_then_goes_on(number, code, llama_dir, tmp_path
     assert process.returncode == code, said
     status = manifest.read(tmp_path / "it")["status"]
     assert status == ("running" if number == signal.SIGKILL else "preempted")
-    step = {p.name for p in (tmp_path / "it" / "checkpoints").iterdir()}
-    assert step
+    last = max(line["step"] for line in logged(tmp_path / "it"))
+    if number != signal.SIGKILL:  # the step in hand is saved
+        assert checkpoints.find_fault(tmp_path / "it" / "checkpoints" / f"checkpoint-{last}") is None
+        assert manifest.read(tmp_path / "it")["cause"] == f"stopped by {number.name}, at step {last}"
     run_dir = "it" if number != signal.SIGTERM else "auto"
     changed = ["trainer.max_steps=310", *(words if run_dir == "auto" else [])]
     again = spawn(tmp_path, *[w for w in changed if w != "trainer.max_steps=300"], f"resume={run_dir}")

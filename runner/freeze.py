@@ -1,0 +1,111 @@
+"""``python -m runner.freeze RUN_DIR NAME``: make a run's config a recipe, as short as it can be."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from runner import compose, manifest
+from runner.config import CONF, group_names
+from runner.errors import ConfigError
+from runner.resume import flat
+
+OWN = {"output_dir"}  # of each run
+
+
+def main() -> None:
+    """Write the recipe and say how to run it; exit code 2 where that cannot be."""
+    parser = argparse.ArgumentParser(prog="python -m runner.freeze", description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("name", help="of the recipe: lower case, with underscores")
+    given = parser.parse_args()
+    try:
+        path = freeze(given.run_dir, given.name)
+    except ConfigError as error:
+        sys.stderr.write(f"runner.freeze: {error}\n")
+        sys.exit(2)
+    sys.stdout.write(f"{path}\npython -m runner experiment={given.name}\n")
+
+
+def freeze(run_dir: Path, name: str, folder: Path = CONF / "experiment") -> Path:
+    """Write the shortest recipe that composes to a run's config, with the run's command and result as its header.
+
+    Args:
+        run_dir: The run.
+        name: Of the recipe.
+        folder: Of recipes.
+
+    Raises:
+        ConfigError: The name is taken or no name, or no recipe composes to this config.
+    """
+    path = folder / f"{name}.yaml"
+    if not name.isidentifier() or not name.islower():
+        raise ConfigError(f"{name} cannot name a recipe: take lower case letters, digits and underscores.")
+    if path.exists():
+        raise ConfigError(f"experiment={name} exists already, in {path}, and is not overwritten. Choose another name.")
+    record = manifest.read(run_dir)
+    wanted = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    choices = _choices(record.get("choices") or {})
+    base = flat(compose.compose([f"{group}={option}" for group, option in choices.items()], check=False).config)
+    leaves = {key: value for key, value in flat(wanted).items() if key not in OWN and base.get(key) != value}
+    if leaves.get("trainer.seed") == wanted["seed"]:
+        del leaves["trainer.seed"]  # follows from the seed
+    tree: dict[str, Any] = {}
+    if choices:
+        tree["defaults"] = [{f"override /{group}": option} for group, option in choices.items()]
+    for key, value in leaves.items():
+        node = tree
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    body = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
+    path.write_text(f"# @package _global_\n{_header(record, name)}{body}", encoding="utf-8")
+    try:
+        composed = flat(compose.compose([f"experiment={name}"], config_dir=str(folder.parent)).config)
+        different = sorted(
+            key for key, value in (flat(wanted) | composed).items()
+            if key not in OWN and (composed.get(key) != value or flat(wanted).get(key) != value)
+        )  # fmt: skip
+        if different:
+            raise ConfigError(
+                f"{run_dir} cannot be frozen: no recipe can say {', '.join(different)}, such as a key or a term that "
+                "was taken out on the command line."
+            )
+    except ConfigError:
+        path.unlink()
+        raise
+    return path
+
+
+def _choices(made: dict[str, str]) -> dict[str, str]:
+    """Return the choices of a run that are not the defaults, and that a recipe can make."""
+    default = compose.compose([]).choices
+    return {
+        group: option
+        for group, option in made.items()
+        if group != "experiment" and group.partition("@")[0] in group_names() and default.get(group) != option
+        and option not in ("None", "null")
+    }  # fmt: skip
+
+
+def _header(record: dict[str, Any], name: str) -> str:
+    shown = {key: value for key, value in (record.get("metrics") or {}).items() if _tells(key)}
+    result = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
+    started = (record.get("timeline") or [{}])[0].get("time", "")[:10]
+    data = ((record.get("data") or {}).get("train") or {}).get("fingerprint") or ""
+    return (
+        f"# Frozen from a run of {started}, which gave {result or 'no metrics'}.\n"
+        f"# Train rows {data[:12] or 'unknown'}, result {(record.get('result_sha256') or 'unknown')[:12]} (sha256).\n"
+        f"# python -m runner experiment={name}\n"
+    )
+
+
+def _tells(key: str) -> bool:
+    return key.startswith("eval_") and not key.startswith(("eval_runtime", "eval_samples", "eval_steps"))
+
+
+if __name__ == "__main__":
+    main()

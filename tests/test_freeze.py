@@ -1,0 +1,71 @@
+import shutil
+
+import pytest
+import yaml
+from test_run import extras, start
+
+from runner import compose, manifest
+from runner.__main__ import write_run
+from runner.config import CONF
+from runner.errors import ConfigError
+from runner.freeze import freeze
+from runner.resume import flat
+
+
+@pytest.fixture
+def conf(tmp_path, monkeypatch):
+    """A copy of the options, so that recipes can be written."""
+    copy = tmp_path / "conf"
+    shutil.copytree(CONF, copy)
+    return copy
+
+
+def made(tmp_path, *overrides):
+    composed = compose.compose([*overrides, f"output_dir={tmp_path / 'run'}"])
+    run_dir = compose.claim(composed.run_dir)
+    write_run(run_dir, composed.config, composed.choices, list(overrides))
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kept"),
+    [
+        ([], {}),
+        (["seed=7"], {"seed": 7}),
+        (["trainer=dpo", "trainer.beta=0.3"], {"trainer.beta": 0.3}),
+        (["experiment=article_ppo", "peft.r=4"], None),
+        (["dataset=local", "dataset.path=[a.jsonl,b.jsonl]", "dataset.train=train[:90%]"],
+         {"dataset.path": ["a.jsonl", "b.jsonl"], "dataset.train": "train[:90%]"}),
+        (["trainer=grpo", "reward=sum", "reward.terms.tidy.weight=0.5"], {"reward.terms.tidy.weight": 0.5}),
+    ],
+)  # fmt: skip
+def test_a_frozen_recipe_composes_to_the_same_config_and_holds_only_the_differences(tmp_path, conf, overrides, kept):
+    run_dir = made(tmp_path, *overrides)
+    path = freeze(run_dir, "mine", conf / "experiment")
+    again = compose.compose(["experiment=mine"], config_dir=str(conf)).config
+    before = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert flat({**again, "output_dir": ""}) == flat({**before, "output_dir": ""})
+    recipe = yaml.safe_load(path.read_text())
+    assert kept is None or flat({k: v for k, v in (recipe or {}).items() if k != "defaults"}) == kept
+    assert "# python -m runner experiment=mine" in path.read_text()
+
+
+def test_what_a_recipe_cannot_say_is_refused_and_leaves_no_file(tmp_path, conf):
+    run_dir = made(tmp_path, "trainer=grpo", "reward=sum", "~reward@reward.terms.tidy")
+    with pytest.raises(ConfigError, match="no recipe can say"):
+        freeze(run_dir, "mine", conf / "experiment")
+    assert not (conf / "experiment" / "mine.yaml").exists()
+
+
+@pytest.mark.parametrize("name", ["article_sft", "My-Recipe", "../up"])
+def test_a_name_that_is_taken_or_none_is_refused(tmp_path, conf, name):
+    with pytest.raises(ConfigError, match=r"exists already|cannot name a recipe"):
+        freeze(made(tmp_path), name, conf / "experiment")
+
+
+@pytest.mark.slow
+def test_a_recipe_says_what_its_run_gave(llama_dir, tmp_path, conf):
+    run_dir, metrics = start(tmp_path, f"model.name_or_path={llama_dir}", *extras("sft"))
+    text = freeze(run_dir, "mine", conf / "experiment").read_text()
+    assert f"eval_loss {metrics['eval_loss']:.4g}" in text
+    assert manifest.read(run_dir)["result_sha256"][:12] in text
