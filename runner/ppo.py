@@ -345,10 +345,10 @@ class PPOTrainer(Trainer):
     def _accumulate(self, rollout: Rollout, rows: list[int], mini_batch: list[int]) -> Tensor:
         """Add the gradient of the losses of some rows, as a part of the mini-batch's.
 
-        Right after a rollout that one backward pass takes whole, its own forward pass is used.
+        Right after a rollout that one backward pass takes whole, its own forward passes are used.
         """
         model, args = self.model, self.args
-        live, self.maker.live = self.maker.live, []
+        live, self.maker.live = self.maker.live, {}
         warming = rollout.index < args.critic_warmup_rollouts
         weights = {}
         for name in ("policy", "value"):
@@ -364,7 +364,7 @@ class PPOTrainer(Trainer):
         total = torch.zeros((), device=args.device)
         for role in roles:
             with model.role(role) as player:
-                for part, found in live if live and role == "policy" else fresh:
+                for part, found in live.get(role, fresh):
                     with self.accelerator.autocast():
                         loss = self._loss(rollout, part, role, player, weights, found)
                     self.accelerator.backward(loss)
@@ -398,8 +398,8 @@ class PPOTrainer(Trainer):
             if args.entropy_coef:
                 loss = loss - args.entropy_coef * (weights["policy"][rows] * found.entropy).sum()
         if role == "value" or shared:  # a head that warms up on the policy's layers leaves them alone
-            alone = role == "value"
-            values: Any = model.read_values(player, batch, value_mask, frozen=shared) if alone else found.values
+            found = found or Reading(values=model.read_values(player, batch, value_mask, frozen=shared))
+            values = found.fit(mask.size(1)).values
             squared, sums = rl_math.value_loss(
                 *(values, rollout.values[rows], rollout.returns[rows], value_mask, weights["value"][rows]),
                 cliprange=args.cliprange_value,

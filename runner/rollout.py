@@ -115,7 +115,7 @@ class RolloutMaker:
         self.actor_critic, self.tokenizer, self.rewards, self.args = actor_critic, tokenizer, rewards, args
         self.engine, self.autocast, self.notes = engine or self._sample, autocast, notes
         self.kl_coef, self.moments = args.kl_coef, rl_math.Moments()
-        self.live: list[tuple[list[int], Reading]] = []
+        self.live: dict[str, list[tuple[list[int], Reading]]] = {}
         self.stop_ids = sampling.stop_ids(actor_critic, tokenizer, args.stop_token)
         readers = [
             actor_critic,
@@ -160,7 +160,7 @@ class RolloutMaker:
             state: The trainer's, for reward functions.
             notes: Gets times, and what reward functions log.
             values: Whether the value function is asked, too.
-            live: Whether what the policy says is kept in ``live`` with its graph, too.
+            live: Whether what policy and value function say is kept in ``live`` with its graph, too.
         """
         args, world = self.args, self.args.world_size
         mine = list(zip(rows, seeds, strict=True))[args.process_index :: world]
@@ -196,7 +196,7 @@ class RolloutMaker:
         """Add what reference, value function and policy say of the completions now."""
         model, args = self.actor_critic, self.args
         model.train()  # some kernels round otherwise in evaluation, and dropout is off
-        self.live = []
+        self.live = {}
         limit = args.per_device_train_batch_size if live else args.rollout_forward_batch_size
         lengths = [len(one.ids) for one in episodes]
         groups = sampling.group_by_length(lengths, limit, sampling.padding_allowed(args.device))
@@ -211,20 +211,22 @@ class RolloutMaker:
                     counts = torch.tensor([len(one.completion) for one in part], device=args.device)
                     place = torch.arange(int(counts.max()) + 1, device=args.device)
                     mask, value_mask = place < counts[:, None], place < counts[:, None] + beyond
-                    if phase == "value":
-                        found = Reading(values=model.read_values(player, batch, value_mask))
-                    elif phase == "reference":
-                        found = model.read(player, batch, mask, temperature=args.temperature)
-                    else:
-                        with torch.set_grad_enabled(live):
+                    keeps = live and (phase == "policy" or (phase == "value" and args.device.type == "cpu"))
+                    with torch.set_grad_enabled(keeps):  # two graphs at a time are too much for many a GPU
+                        if phase == "value":
+                            found = Reading(values=model.read_values(player, batch, value_mask))
+                        elif phase == "reference":
+                            found = model.read(player, batch, mask, temperature=args.temperature)
+                        else:
                             found = model.read(
                                 *(player, batch, mask),
                                 temperature=args.temperature,
                                 entropy="gradient" if args.entropy_coef else "value",
                                 value_mask=value_mask if shared else None,
                             )
-                        if live:
-                            self.live.append(([args.process_index + args.world_size * row for row in group], found))
+                    if keeps:
+                        rows = [args.process_index + args.world_size * row for row in group]
+                        self.live.setdefault(phase, []).append((rows, found))
                     for key, table in found._asdict().items():
                         for one, numbers in zip(part, [] if table is None else table.float().cpu(), strict=False):
                             kept = numbers[: len(one.completion) + beyond].detach().clone()
@@ -233,8 +235,8 @@ class RolloutMaker:
     def make(self, index: int, dataset: Any, state: Any, *, live: bool = False) -> tuple[Rollout, list[Row]]:
         """Return the ``index``-th rollout of the run, the same on all processes, and some samples of it.
 
-        With ``live``, rows and what the policy says of them are in ``live`` with their graph, so that the first pass
-        over the rollout needs no forward pass of its own.
+        With ``live``, rows and what policy and value function say of them are in ``live`` with their graphs, so that
+        the first pass over the rollout needs no forward pass of its own.
         """
         args, size, count = self.args, self.args.rollout_rows, len(dataset)
         seed = args.data_seed if args.data_seed is not None else args.seed
