@@ -82,12 +82,20 @@ def start(run_dir: Path) -> float | None:
     import datasets
     import transformers
 
+    from runner import freeze, manifest
     from runner.run import run
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     metrics = run(run_dir)
+    config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+    if config.get("check_expected"):
+        faults = freeze.unexpected(config, metrics)
+        manifest.update(run_dir, unexpected=faults)
+        if faults:
+            raise RunStopped("The run is completed, and not as expected: " + "; ".join(faults))
+        log.info("All metrics are as expected: %s", ", ".join(config["expect"]))
     return metrics.get("eval_loss")
 
 

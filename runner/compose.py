@@ -10,7 +10,7 @@ from typing import Any
 
 from runner.config import CONF, find_faults, group_names, option_names
 from runner.errors import ConfigError
-from runner.safety import find_dangers
+from runner.safety import find_dangers, find_escape
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ def compose(
         choices = {k: str(v) for k, v in composed.hydra.runtime.choices.items() if not k.startswith("hydra/")}
         run_dir = Path(_translated(lambda: composed.hydra.run.dir))
         config = _translated(lambda: _resolved(composed))
+        if escape := find_escape(str(config.get("output_dir")), typed):
+            raise ConfigError(_listed(escape))
         if check and (faults := find_faults(config, choices)):
             raise ConfigError(_listed(faults))
     return Composed(config, choices, run_dir)

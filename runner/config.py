@@ -101,6 +101,14 @@ def _conflicts(config: dict[str, Any], choices: dict[str, str]) -> list[str]:
             f"quantization={choices.get('quantization', '?')} cannot train without an adapter: quantized weights "
             f"stay frozen, found peft=none. Choose {_options('peft')}, or quantization=none."
         )
+    expect = config.get("expect") or {}
+    if config.get("check_expected") and not expect:
+        found.append("check_expected=true needs something to expect: choose a recipe that has it, with experiment=...")
+    found += [
+        f"expect.{name} takes the lowest and the highest value, found {bounds}."
+        for name, bounds in expect.items()
+        if len(bounds) != 2 or bounds[0] > bounds[1]
+    ]
     dataset = config["dataset"]
     if not any(dataset.get(key) for key in ("path", "generator", "sources")):
         found.append(f"dataset.path must be given with dataset={choices.get('dataset', '?')}: type dataset.path=...")
@@ -146,7 +154,7 @@ def build(node: dict[str, Any], **fields: Any) -> Any:
     if not TARGET.fullmatch(target):
         raise ConfigError(f"_target_={target!r} is not a config class of trl, peft, transformers or runner.")
     try:
-        return instantiate({**node, **fields}, _convert_="all")
+        return instantiate({**node, **fields}, _convert_="all", _recursive_=False)
     except InstantiationException as error:
         cause = error.__cause__ or error
         raise ConfigError(f"{target.rsplit('.', 1)[-1]} refuses its values: {cause}") from error

@@ -1,6 +1,7 @@
-"""``python -m runner.freeze RUN_DIR NAME``: make a run's config a recipe, as short as it can be."""
+"""``python -m runner.freeze RUN_DIR NAME``: make a run's config a recipe, and its metrics what to expect of it."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from runner.config import CONF, group_names
 from runner.errors import ConfigError
 from runner.resume import flat
 
-OWN = {"output_dir"}  # of each run
+OWN = {"output_dir", "expect", "check_expected"}  # of each run
 
 
 def main() -> None:
@@ -20,22 +21,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m runner.freeze", description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("name", help="of the recipe: lower case, with underscores")
+    parser.add_argument("--tolerance", type=float, default=0.05, help="share by which a metric may differ")
     given = parser.parse_args()
     try:
-        path = freeze(given.run_dir, given.name)
+        path = freeze(given.run_dir, given.name, tolerance=given.tolerance)
     except ConfigError as error:
         sys.stderr.write(f"runner.freeze: {error}\n")
         sys.exit(2)
     sys.stdout.write(f"{path}\npython -m runner experiment={given.name}\n")
 
 
-def freeze(run_dir: Path, name: str, folder: Path = CONF / "experiment") -> Path:
+def freeze(run_dir: Path, name: str, folder: Path = CONF / "experiment", *, tolerance: float = 0.05) -> Path:
     """Write the shortest recipe that composes to a run's config, with the run's command and result as its header.
 
     Args:
         run_dir: The run.
         name: Of the recipe.
         folder: Of recipes.
+        tolerance: Share of a final metric by which another run's may differ (``expect``).
 
     Raises:
         ConfigError: The name is taken or no name, or no recipe composes to this config.
@@ -47,9 +50,10 @@ def freeze(run_dir: Path, name: str, folder: Path = CONF / "experiment") -> Path
         raise ConfigError(f"experiment={name} exists already, in {path}, and is not overwritten. Choose another name.")
     record = manifest.read(run_dir)
     wanted = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    wanted = {key: value for key, value in wanted.items() if key not in OWN}
     choices = _choices(record.get("choices") or {})
     base = flat(compose.compose([f"{group}={option}" for group, option in choices.items()], check=False).config)
-    leaves = {key: value for key, value in flat(wanted).items() if key not in OWN and base.get(key) != value}
+    leaves = {key: value for key, value in flat(wanted).items() if base.get(key) != value}
     if leaves.get("trainer.seed") == wanted["seed"]:
         del leaves["trainer.seed"]  # follows from the seed
     tree: dict[str, Any] = {}
@@ -61,15 +65,14 @@ def freeze(run_dir: Path, name: str, folder: Path = CONF / "experiment") -> Path
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = value
+    if metrics := _telling(record):
+        tree["expect"] = {key: _around(value, tolerance) for key, value in metrics.items()}
     body = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
     path.write_text(f"# @package _global_\n{_header(record, name)}{body}", encoding="utf-8")
     try:
-        composed = flat(compose.compose([f"experiment={name}"], config_dir=str(folder.parent)).config)
-        different = sorted(
-            key for key, value in (flat(wanted) | composed).items()
-            if key not in OWN and (composed.get(key) != value or flat(wanted).get(key) != value)
-        )  # fmt: skip
-        if different:
+        made = compose.compose([f"experiment={name}"], config_dir=str(folder.parent)).config
+        one, other = flat(wanted), flat({key: value for key, value in made.items() if key not in OWN})
+        if different := sorted(key for key in one | other if one.get(key) != other.get(key)):
             raise ConfigError(
                 f"{run_dir} cannot be frozen: no recipe can say {', '.join(different)}, such as a key or a term that "
                 "was taken out on the command line."
@@ -91,9 +94,31 @@ def _choices(made: dict[str, str]) -> dict[str, str]:
     }  # fmt: skip
 
 
+def unexpected(config: dict[str, Any], metrics: dict[str, float]) -> list[str]:
+    """Return what of a recipe's ``expect`` a run's final metrics do not meet, one sentence each."""
+    return [
+        f"{name} is {metrics.get(name, 'missing')}, expected {low:g} to {high:g}"
+        for name, (low, high) in (config.get("expect") or {}).items()
+        if not low <= metrics.get(name, math.nan) <= high
+    ]
+
+
+def _around(value: float, tolerance: float) -> list[float]:
+    """Return the lowest and highest value that are taken for the same."""
+    reach = max(abs(value) * tolerance, 1e-3)
+    digits = 3 - math.floor(math.log10(reach))
+    return [round(value - reach, digits), round(value + reach, digits)]
+
+
+def _telling(record: dict[str, Any]) -> dict[str, float]:
+    """Return the metrics on held-out rows that say how good a model is."""
+    clocks = ("eval_runtime", "eval_samples", "eval_steps", "eval_num_tokens")
+    found = record.get("metrics") or {}
+    return {key: value for key, value in found.items() if key.startswith("eval_") and not key.startswith(clocks)}
+
+
 def _header(record: dict[str, Any], name: str) -> str:
-    shown = {key: value for key, value in (record.get("metrics") or {}).items() if _tells(key)}
-    result = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
+    result = ", ".join(f"{key} {value:.4g}" for key, value in _telling(record).items())
     started = (record.get("timeline") or [{}])[0].get("time", "")[:10]
     data = ((record.get("data") or {}).get("train") or {}).get("fingerprint") or ""
     return (
@@ -101,10 +126,6 @@ def _header(record: dict[str, Any], name: str) -> str:
         f"# Train rows {data[:12] or 'unknown'}, result {(record.get('result_sha256') or 'unknown')[:12]} (sha256).\n"
         f"# python -m runner experiment={name}\n"
     )
-
-
-def _tells(key: str) -> bool:
-    return key.startswith("eval_") and not key.startswith(("eval_runtime", "eval_samples", "eval_steps"))
 
 
 if __name__ == "__main__":

@@ -107,6 +107,11 @@ def explained(name: str, *, key: str) -> Iterator[None]:
             hint = "There is no such repository, or it is private: check its id, or log in: hf auth login"
         elif "trust_remote_code" in str(error):
             hint = "It brings its own Python code; to run that, type model.trust_remote_code=true."
+        elif "safetensors" in str(error) and not isinstance(error, SafetensorError):
+            hint = (
+                "Weights are read from safetensors, because pickled ones can run code: convert them, or, if you trust "
+                "their author, type model.allow_pickle=true."
+            )
         else:
             hint = "Check the name, and that its files are complete."
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

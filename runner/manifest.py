@@ -1,4 +1,7 @@
-"""manifest.json of a run directory: what ran, with what, and how it ended."""
+"""manifest.json of a run directory: what ran, with what, and how it ended.
+
+It is valid JSON at every moment, also after a kill: it is replaced as a whole. ``FIELDS`` says what is in it.
+"""
 
 import contextlib
 import hashlib
@@ -23,6 +26,42 @@ from runner.redaction import scrub
 
 SCHEMA = 1
 FILE = "manifest.json"
+BEAT_SECONDS = 15.0  # between two heartbeats of a running process
+SILENCE = 8  # heartbeats that fail to come before a process elsewhere is taken for dead
+FIELDS = {
+    "schema": "version of this format; it grows when a field changes its meaning",
+    "status": "created, running, resumed, completed, failed or preempted",
+    "timeline": "every status with its time (UTC)",
+    "heartbeat": "time at which the process of a running run was alive",
+    "cause": "why the run failed or was preempted",
+    "traceback": "of what ended it, its end",
+    "argv": "what was typed",
+    "overrides": "what of it was for the config",
+    "choices": "the option of each group",
+    "resumes": "for each time that the run went on: its status before, and the keys that were changed",
+    "config_sha256": "digest of config.yaml",
+    "git": "commit, changed files and diff of the repository around the working directory",
+    "versions": "of Python and of the libraries that a result hangs on",
+    "packages": "versions of all that is installed",
+    "platform": "operating system, machine, host",
+    "hardware": "device, accelerators, processor, cores, memory, threads",
+    "process": "number of the process",
+    "chosen": "what was chosen for the hardware, because the config leaves it open",
+    "seed": "of everything",
+    "determinism": "seeds and settings of the training that decide whether it can be repeated",
+    "data": "per split: rows read, kept and dropped by reason, files, fingerprint of the canonical rows",
+    "tokens": "per split: the audit of what the model reads",
+    "rows": "rows to train on",
+    "parameters": "of the model",
+    "trainable_parameters": "of the model",
+    "weights": "precision, attention, quantization, commit and digest of what training began with",
+    "untrained_rewards": "reward models whose head is random",
+    "metrics": "at the end",
+    "unexpected": "metrics that are not as the recipe expects (check_expected)",
+    "result_sha256": "digest of the weights in model/",
+    "peak_memory": "bytes, of the process and of its devices",
+    "after": "what failed after the run was saved: card, curves, report, push",
+}
 DIFF_LIMIT = 256 * 1024  # bytes of the dirty diff that are kept
 CHANGED_LIMIT = 200  # files that are named as changed
 GIT_SECONDS = 20  # before git is given up
@@ -34,6 +73,7 @@ LIBRARIES = [
 SIGNAL_EXITS = {128 + 2: "SIGINT", 128 + 15: "SIGTERM"}  # the exit codes that signal handlers leave with
 
 logger = logging.getLogger(__name__)
+writing = threading.RLock()  # a heartbeat must not undo what is written beside it
 
 
 def create(run_dir: str | Path, *, argv: Sequence[str] | None = None, **fields: Any) -> dict[str, Any]:
@@ -52,7 +92,8 @@ def create(run_dir: str | Path, *, argv: Sequence[str] | None = None, **fields: 
         "argv": list(sys.argv if argv is None else argv),
         "config_sha256": digest(config) if config.is_file() else None,
         "git": _git(),
-        "versions": _versions(),
+        "versions": _versions(LIBRARIES),
+        "packages": _versions(sorted({dist.name.lower() for dist in importlib.metadata.distributions()})),
         "platform": _platform(),
         **fields,
     }
@@ -87,11 +128,12 @@ def update(run_dir: str | Path, **fields: Any) -> dict[str, Any]:
 
     A new ``status`` joins the timeline.
     """
-    manifest = read(run_dir)
-    if "status" in fields and fields["status"] != manifest.get("status"):
-        event = {"status": fields["status"], "time": _now()}
-        manifest["timeline"] = [*manifest.get("timeline", []), event]
-    return _write(run_dir, _merge(manifest, fields))
+    with writing:
+        manifest = read(run_dir)
+        if "status" in fields and fields["status"] != manifest.get("status"):
+            event = {"status": fields["status"], "time": _now()}
+            manifest["timeline"] = [*manifest.get("timeline", []), event]
+        return _write(run_dir, _merge(manifest, fields))
 
 
 def claim(run_dir: str | Path) -> Any:
@@ -111,6 +153,42 @@ def claim(run_dir: str | Path) -> Any:
     return lock
 
 
+def is_dead(run_dir: str | Path, record: Mapping[str, Any]) -> bool:
+    """Tell whether a run whose manifest says ``running`` ended without a word, by a kill or a lost machine.
+
+    On the machine that it ran on its lock tells; elsewhere the silence of its heartbeat.
+    """
+    if record.get("status") != "running":
+        return False
+    if (record.get("platform") or {}).get("host") == platform.node():
+        try:
+            claim(run_dir).release()
+        except ConfigError:
+            return False
+        return True
+    beat = datetime.fromisoformat(record.get("heartbeat") or record["timeline"][-1]["time"])
+    return (datetime.now(UTC) - beat).total_seconds() > SILENCE * BEAT_SECONDS
+
+
+@contextlib.contextmanager
+def beating(run_dir: str | Path) -> Iterator[None]:
+    """Write inside, every few seconds, that the process is alive."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError, ConfigError):  # a full disk is for the run itself to tell
+                update(run_dir, heartbeat=_now())
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 @contextlib.contextmanager
 def recording(run_dir: str | Path) -> Iterator[None]:
     """Keep the status of a run true: ``running`` inside, then ``completed``, ``failed`` or ``preempted``.
@@ -118,9 +196,10 @@ def recording(run_dir: str | Path) -> Iterator[None]:
     Whatever ends the run is written with its cause and traceback and raised again.
     """
     lock = claim(run_dir)
-    update(run_dir, status="running", process=os.getpid(), cause=None, traceback=None)
+    update(run_dir, status="running", heartbeat=_now(), process=os.getpid(), cause=None, traceback=None)
     try:
-        yield
+        with beating(run_dir):
+            yield
     except BaseException as fault:
         try:
             update(run_dir, **_ending(fault), peak_memory=_peak_memory())
@@ -219,9 +298,9 @@ def _peak_memory() -> dict[str, int]:
     return peak
 
 
-def _versions() -> dict[str, str]:
+def _versions(libraries: Sequence[str]) -> dict[str, str]:
     versions = {"python": platform.python_version()}
-    for library in LIBRARIES:
+    for library in libraries:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[library] = importlib.metadata.version(library)
     return versions

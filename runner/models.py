@@ -1,9 +1,7 @@
-"""Tokenizers and models, ready to train: pad token, chat template, precision, quantization, adapters."""
+"""Tokenizers and models, ready to train: pad token, chat template, precision, quantization."""
 
-import copy
 import hashlib
 import logging
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +9,6 @@ from runner import embedded, hardware, hub
 from runner.errors import ConfigError
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -95,6 +92,7 @@ def load_policy(
     dtype: str = "auto",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     quantization: "BitsAndBytesConfig | None" = None,
     adapter: bool = False,
     gradient_checkpointing: bool = False,
@@ -108,6 +106,7 @@ def load_policy(
         dtype: ``auto`` is float32 for weights that train; see ``hardware.weights_dtype``.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; null leaves it to transformers.
         trust_remote_code: Whether the repository's own code may run.
+        allow_pickle: Whether weights may be read that are not safetensors.
         quantization: How to quantize the frozen weights; the model comes back prepared for an adapter.
         adapter: Whether only an adapter will train, so that the weights stay frozen.
         gradient_checkpointing: Whether training will recompute activations; for quantized models.
@@ -125,6 +124,7 @@ def load_policy(
         dtype=dtype,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
         quantization=quantization,
         adapter=adapter,
         gradient_checkpointing=gradient_checkpointing,
@@ -195,68 +195,6 @@ def digest_weights(folder: Path) -> str | None:
         with path.open("rb") as file:
             digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest() if files else None
-
-
-def peft_for(config: "PeftConfig", *, trainer: str) -> "PeftConfig":
-    """Return a copy of a PEFT config for a trainer: a reward model's score head is trained and saved with it."""
-    config = copy.deepcopy(config)
-    config.task_type = "SEQ_CLS" if trainer == "reward" else "CAUSAL_LM"
-    return config
-
-
-def check_adapter(model: "PreTrainedModel", config: "PeftConfig") -> None:
-    """Return when ``config`` fits ``model``, which may be on the meta device.
-
-    Raises:
-        ConfigError: A target module matches nothing or is the output layer, or the pair cannot train.
-    """
-    from peft import PeftType
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-
-    if getattr(config, "use_dora", False) and getattr(model, "is_loaded_in_8bit", False) and model.device.type == "cpu":
-        raise ConfigError(
-            "peft=dora cannot train on quantization=int8 without a GPU: peft 0.21 loses the scales of 8-bit weights "
-            "that DoRA reads. Use quantization=nf4 or quantization=none, or peft=lora."
-        )
-    targets = getattr(config, "target_modules", None)
-    family = model.config.model_type
-    linear = sorted({name.rsplit(".", 1)[-1] for name in _linear_layers(model)})
-    allowed = f"It has {', '.join(linear)}. Type peft.target_modules=[{','.join(linear[:2])}], or all-linear"
-    if targets is None:
-        tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
-        known = getattr(tuner, "target_module_mapping", None)
-        if known is not None and family not in known and not getattr(config, "target_parameters", None):
-            raise ConfigError(f"peft.target_modules is not set, and peft has no default for {family}. {allowed}")
-        return
-    if targets == "all-linear":
-        return
-    names = [name for name, _ in model.named_modules()]
-    hits = {
-        target: {name for name in names if _matches(target, name, regex=isinstance(targets, str))}
-        for target in ([targets] if isinstance(targets, str) else sorted(targets))
-    }
-    if unmatched := [target for target, found in hits.items() if not found]:
-        raise ConfigError(f"peft.target_modules names {', '.join(unmatched)}, which {family} lacks. {allowed}")
-    output = model.get_output_embeddings()
-    head = {name for name, module in model.named_modules() if output is not None and module is output}
-    if any(head & found for found in hits.values()):
-        raise ConfigError(
-            f"peft.target_modules includes the output layer ({', '.join(head)}), which trl scores without its adapter. "
-            f"Leave it out, or train it whole: peft.modules_to_save=[{', '.join(head)}]"
-        )
-
-
-def keep_float32(model: Any) -> None:
-    """Cast what trains back to float32, in place, before the optimizer is made.
-
-    The trainers of trl 1.16 cast the adapters of a quantized model to bfloat16, where small updates are lost,
-    and the score head of a reward model too, which then cannot read float32 activations.
-    """
-    import torch
-
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype in {torch.bfloat16, torch.float16}:
-            parameter.data = parameter.data.float()
 
 
 def fit_embedding(model: Any, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -335,6 +273,7 @@ def _load(
     dtype: str = "auto",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     quantization: "BitsAndBytesConfig | None" = None,
     adapter: bool = False,
     gradient_checkpointing: bool = False,
@@ -346,7 +285,8 @@ def _load(
 
     path, device = local_path(name_or_path), PartialState().device
     hub.ensure_available(path, key=KEY, revision=revision)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **labels}
+    source: dict[str, Any] = {"trust_remote_code": trust_remote_code, "use_safetensors": None if allow_pickle else True}
+    options: dict[str, Any] = {**source, **labels}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if quantization is not None:
@@ -354,7 +294,7 @@ def _load(
     frozen = adapter or quantization is not None
     with hub.explained(path, key=KEY):
         if find_adapter_config_file(path, revision=revision):
-            path, revision = str(merge_adapter(path, tokenizer, revision, trust_remote_code)), None
+            path, revision = str(merge_adapter(path, tokenizer, revision, source)), None
         model, info = kind.from_pretrained(
             path,
             revision=revision or "main",
@@ -374,14 +314,20 @@ def merge_adapter(
     name_or_path: str,
     tokenizer: "PreTrainedTokenizerBase",
     revision: str | None = None,
-    trust_remote_code: bool = False,
+    source: dict[str, Any] | None = None,
 ) -> Path:
     """Return a folder of the cache that has an adapter's base with the adapter merged in, in full precision.
 
     What trains on it, and a reference model read again from its path, then start from the adapted model.
 
+    Args:
+        name_or_path: The adapter.
+        tokenizer: What ``load_tokenizer`` gave.
+        revision: The adapter's.
+        source: Keywords of ``from_pretrained`` that say what may be read of the base.
+
     Raises:
-        ConfigError: The base cannot be loaded.
+        ConfigError: The base cannot be loaded, or the adapter is pickled.
     """
     from huggingface_hub import snapshot_download
     from peft import PeftConfig, PeftModel
@@ -391,6 +337,11 @@ def merge_adapter(
     if not folder.is_dir():
         folder = Path(snapshot_download(name_or_path, revision=revision, allow_patterns="adapter_*"))
     config = PeftConfig.from_pretrained(str(folder))
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ConfigError(
+            f"{KEY}={name_or_path} cannot be loaded: the adapter has no adapter_model.safetensors. Save it anew with "
+            "peft, which writes that."
+        )
     digest = hashlib.sha256()
     for file in sorted(folder.glob("adapter_*")):
         digest.update(file.read_bytes())
@@ -403,7 +354,7 @@ def merge_adapter(
         hub.ensure_available(base, key=KEY, revision=config.revision)
         with hub.explained(base, key=KEY):
             model = kind.from_pretrained(
-                base, revision=config.revision or "main", trust_remote_code=trust_remote_code, dtype="auto", **options
+                base, revision=config.revision or "main", dtype="auto", **(source or {}), **options
             )
         fit_embedding(model, tokenizer)
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -429,22 +380,3 @@ def _prepare_quantized(model: Any, *, gradient_checkpointing: bool) -> Any:
         use_gradient_checkpointing=gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
     )
-
-
-def _linear_layers(model: Any) -> list[str]:
-    """Return the names of the layers that ``all-linear`` stands for."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    heads = {model.get_output_embeddings(), getattr(model, "score", None)}
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module not in heads
-    ]
-
-
-def _matches(target: str, name: str, *, regex: bool) -> bool:
-    if regex:
-        return re.fullmatch(target, name) is not None
-    return name == target or name.endswith(f".{target}")

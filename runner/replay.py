@@ -12,11 +12,13 @@ import yaml
 
 from runner import compose, manifest
 from runner.errors import ConfigError, RunPreempted, RunStopped
+from runner.safety import RUN_CODE, find_dangers
 
 CLOCKS = ("seconds", "time/", "step_time", "train_runtime", "train_samples_per", "train_steps_per", "eval_runtime",
           "eval_samples_per", "eval_steps_per")  # fmt: skip
-GIVEN = ("versions", "hardware.device", "hardware.cpu", "hardware.accelerators", "hardware.torch_threads", "chosen",
-         "data", "weights")  # fmt: skip
+GIVEN = ("versions", "packages", "hardware.device", "hardware.cpu", "hardware.accelerators", "hardware.torch_threads",
+         "chosen", "data", "weights")  # fmt: skip
+WORKERS = {"trainer.dataset_num_proc", "trainer.dataloader_num_workers"}
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +28,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m runner.replay", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="a completed run")
     parser.add_argument("--output-dir", type=Path, help="where the replay goes; by default beside the run")
+    parser.add_argument("keys", nargs="*", help=f"another {' or '.join(sorted(WORKERS))}, as key=number")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     try:
-        difference = replay(given.run_dir, given.output_dir)
+        difference = replay(given.run_dir, given.output_dir, **compose.read_values(given.keys))
     except (ConfigError, RunStopped, RunPreempted) as error:
         sys.stderr.write(f"runner.replay: {error}\n")
         sys.exit(2)
@@ -37,18 +40,20 @@ def main() -> None:
     sys.exit(1 if difference else 0)
 
 
-def replay(run_dir: Path, output_dir: Path | None = None) -> str | None:
+def replay(run_dir: Path, output_dir: Path | None = None, **workers: int) -> str | None:
     """Run a completed run's config again in a new directory.
 
     Args:
         run_dir: The run.
         output_dir: The new directory.
+        workers: Another number of processes that prepare data, by key of the config.
 
     Returns:
         Where metrics or weights part for the first time; None when the two are identical.
 
     Raises:
-        ConfigError: The run is not completed, or it runs code that its directory cannot opt into.
+        ConfigError: The run is not completed, it runs code that its directory cannot opt into, or another key is to
+            change.
     """
     from runner.__main__ import start, write_run
 
@@ -56,8 +61,17 @@ def replay(run_dir: Path, output_dir: Path | None = None) -> str | None:
     if record["status"] != "completed":
         raise ConfigError(f"{run_dir} cannot be compared with: its status is {record['status']}, not completed.")
     config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    if code := [key for key, value in _leaves(config) if value and key.endswith(("allow_code", "trust_remote_code"))]:
+    if code := [key for key, value in _leaves(config) if value and key.rpartition(".")[2] in RUN_CODE]:
         raise ConfigError(f"{run_dir} cannot be replayed: {', '.join(code)} runs code that only typing it can allow.")
+    if dangers := find_dangers(config, set()):
+        raise ConfigError("\n".join(dangers))
+    if wrong := sorted(workers.keys() - WORKERS):
+        raise ConfigError(
+            f"A replay cannot change {', '.join(wrong)}: it would be another run. It can {sorted(WORKERS)}."
+        )
+    for key, number in workers.items():
+        config["trainer"][key.removeprefix("trainer.")] = number
+    config["check_expected"] = False  # it is compared with the run, not with its recipe
     again = compose.claim(output_dir or run_dir.with_name(f"{run_dir.name}_replay"))
     write_run(again, config, record.get("choices") or {}, record.get("overrides") or [])
     before = manifest.read(again)
@@ -65,7 +79,7 @@ def replay(run_dir: Path, output_dir: Path | None = None) -> str | None:
         logger.warning("Not as it was: %s", line)
     start(again)
     repeated = manifest.read(again)
-    for line in differences(record, repeated, [name for name in GIVEN if name != "versions"]):
+    for line in differences(record, repeated, [name for name in GIVEN if name not in ("versions", "packages")]):
         logger.warning("Not as it was: %s", line)
     return part(run_dir, again, record, repeated)
 

@@ -53,6 +53,11 @@ class Run:
         return {group: str(chosen.get(group) or name or "?") for group, name in found.items()}
 
     @property
+    def status(self) -> str:
+        """How the run stands; ``dead`` where its process ended without a word."""
+        return "dead" if manifest.is_dead(self.path, self.manifest) else str(self.manifest.get("status", "?"))
+
+    @property
     def scores(self) -> dict[str, tuple[float | None, float | None]]:
         """Means of every score of held-out answers at the first and the last evaluation."""
         if not self.evaluations:
@@ -105,7 +110,7 @@ def write_page(run_dir: str | Path) -> None:
     html = page.render(
         run=run,
         names=run.names,
-        status=run.manifest.get("status", "?"),
+        status=run.status,
         command=_command(run),
         facts=[*_facts(run), *((name, f"{number(a)} -> {number(b)}") for name, a, b in ends(run))],
         image=base64.b64encode(image.read_bytes()).decode() if image.is_file() else None,
@@ -122,7 +127,7 @@ def summary(run_dir: str | Path) -> str:
     """Return the few lines that a run ends with: what it was, what it gave, where that is, what to type next."""
     run = load(run_dir)
     names, path = run.names, _shown(run.path)
-    status = run.manifest.get("status", "?")
+    status = run.status
     with_what = "" if names["peft"] in {"none", "?"} else f" with {names['peft']}"
     lines = [f"{status}: {names['trainer']} of {names['model']} on {names['dataset']}{with_what}"]
     if cause := run.manifest.get("cause"):
@@ -140,6 +145,8 @@ def summary(run_dir: str | Path) -> str:
         lines.append(f"  report  {path}/report.html")
     if status == "completed":
         lines.append(f"  next    {_next_command(run)}")
+    elif status in ("dead", "preempted"):
+        lines.append(f"  next    python -m runner resume={path}")
     return "\n".join(lines)
 
 
@@ -249,7 +256,8 @@ def _next_command(run: Run) -> str:
     data = "" if dataset == "arithmetic" else " dataset=ultrafeedback"
     where = shlex.quote(str(_shown(run.model)))
     if not run.model.is_dir() or trainer not in {"sft", "reward"}:
-        typed = " ".join(shlex.quote(word) for word in run.manifest.get("overrides", []) if "seed=" not in word)
+        words = [w for w in run.manifest.get("overrides", []) if not w.startswith(("seed=", "output_dir="))]
+        typed = " ".join(map(shlex.quote, words))
         return f"python -m runner -m {typed} seed=1,2,3".replace("  ", " ")
     if trainer == "reward":
         return f"python -m runner trainer=grpo{data} reward=model reward.model.name_or_path={where}"

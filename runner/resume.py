@@ -12,10 +12,11 @@ from runner import manifest
 from runner.config import find_faults
 from runner.errors import ConfigError
 from runner.redaction import scrub
+from runner.safety import RUN_CODE, as_typed, find_dangers
 
 # Keys that cannot change what is learnt: how often something is said or kept, and to whom.
 HARMLESS = {
-    *("output_dir", "max_seconds", "allow_code"),
+    *("output_dir", "max_seconds", "allow_code", "check_expected"),
     *(f"trainer.{key}" for key in ("logging_steps", "save_total_limit", "report_to", "run_name", "disable_tqdm")),
     *(f"trainer.{key}" for key in ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy")),
     *(f"trainer.{key}" for key in ("log_level", "dataloader_num_workers")),
@@ -28,7 +29,6 @@ UNCHOSEN = {
     "samples.max_new_tokens",
     "samples.batch_size",
 }
-RUN_CODE = {"allow_code", "trust_remote_code"}  # opted in by typing them, each time
 LENGTHS = {"trainer.max_steps", "trainer.num_train_epochs", "trainer.total_episodes"}
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def prepare(run_dir: Path, typed: dict[str, Any], *, allow_changes: bool, config
         ConfigError: It is no run, still runs, or the changes are wrong or would change the result.
     """
     record = manifest.read(run_dir)
-    manifest.claim(run_dir).release()
+    _refuse_busy(run_dir, record)
     path = run_dir / "config.yaml"
     before: Any = OmegaConf.to_container(OmegaConf.load(path))
     after = {**(copy.deepcopy(before) if config is None else config), "output_dir": before["output_dir"]}
@@ -67,9 +67,7 @@ def prepare(run_dir: Path, typed: dict[str, Any], *, allow_changes: bool, config
             "What was typed holds what looks like a secret, and it is written to disk: use the environment."
         )
     old, new = flat(before), flat(after)
-    for key in (key for key, value in new.items() if value and key.rpartition(".")[2] in RUN_CODE):
-        if typed.get(key) != new[key]:
-            raise ConfigError(f"{run_dir} runs code of its own: if you trust it, type {key}={_typed(new[key])} again.")
+    _refuse_code(run_dir, after, typed)
     changed = {key: [old.get(key), new.get(key)] for key in sorted(old | new) if old.get(key) != new.get(key)}
     harmless = HARMLESS | (set() if new.get("trainer.load_best_model_at_end") else UNCHOSEN)
     constant = new.get("trainer.lr_scheduler_type") == "constant"  # the others also warm up by a share of the steps
@@ -94,15 +92,30 @@ def prepare(run_dir: Path, typed: dict[str, Any], *, allow_changes: bool, config
     return True
 
 
+def _refuse_busy(run_dir: Path, record: dict[str, Any]) -> None:
+    """Raise where a process still runs the directory, here or, as far as can be told, elsewhere."""
+    manifest.claim(run_dir).release()
+    if record["status"] == "running" and not manifest.is_dead(run_dir, record):
+        raise ConfigError(
+            f"{run_dir} is in use: a process on {record['platform']['host']} was alive at {record['heartbeat']}. Wait "
+            "for its end, or end it; two minutes after it fell silent the run can go on here."
+        )
+
+
+def _refuse_code(run_dir: Path, config: dict[str, Any], typed: dict[str, Any]) -> None:
+    """Raise where a config runs code that was not typed now."""
+    for key, value in flat(config).items():
+        if value and key.rpartition(".")[2] in RUN_CODE and typed.get(key) != value:
+            raise ConfigError(f"{run_dir} runs code of its own: if you trust it, type {key}={as_typed(value)} again.")
+    if dangers := find_dangers(config, set(typed)):
+        raise ConfigError("\n".join(dangers))
+
+
 def command(run_dir: Path) -> str:
     """Return what to type to go on with a run."""
     config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
-    code = [f"{k}={_typed(v)}" for k, v in flat(config).items() if v and k.rpartition(".")[2] in RUN_CODE]
+    code = [f"{k}={as_typed(v)}" for k, v in flat(config).items() if v and k.rpartition(".")[2] in RUN_CODE]
     return shlex.join(["python", "-m", "runner", f"resume={run_dir}", *code])
-
-
-def _typed(value: Any) -> str:
-    return f"[{','.join(value)}]" if isinstance(value, list) else str(value).lower()
 
 
 def _longer(key: str, pair: list[Any], constant: bool) -> bool:

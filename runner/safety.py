@@ -6,6 +6,7 @@ before the task function; so the composed but unresolved config is searched firs
 
 import re
 from collections.abc import Iterator
+from pathlib import PurePath
 from typing import Any
 
 SPECIAL = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
@@ -31,7 +32,26 @@ READABLE_ENV = {
     "CUDA_VISIBLE_DEVICES",
 }
 SETTABLE_ENV = {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM",
-                "HF_HUB_OFFLINE", "TENSORBOARD_LOGGING_DIR", "WANDB_PROJECT", "WANDB_MODE"}  # fmt: skip
+                "HF_HUB_OFFLINE", "WANDB_PROJECT", "WANDB_MODE"}  # fmt: skip
+# Keys that let the author of a model or a recipe run code, wherever they stand, and why.
+RUN_CODE = {
+    "allow_code": "it lets functions of your own run",
+    "trust_remote_code": "it runs the model author's code",
+    "allow_pickle": "pickled weights are a program",
+    "allow_all_kernels": "it runs compiled code from the hub",
+    "custom_generate": "it runs code from the hub",
+    "auto_mapping": "it names a module that is imported with the adapter",
+}
+# Where Hydra writes and what it reads: only the options that come with the runner say so.
+PLACES = {
+    "hydra.run.dir": "${output_dir}",
+    "hydra.sweep.dir": "outputs/sweeps/${now:%Y-%m-%d}/${now:%H-%M-%S}",
+    "hydra.sweep.subdir": "${hydra:job.num}",
+    "hydra.output_subdir": ".hydra",
+    "hydra.searchpath": [],
+    "hydra.job.name": "runner",
+    "hydra.job.chdir": False,
+}
 
 
 def find_dangers(config: dict[str, Any], typed: set[str]) -> list[str]:
@@ -53,13 +73,28 @@ def find_dangers(config: dict[str, Any], typed: set[str]) -> list[str]:
             found += _logging_danger(path, key, value)
         if path.startswith("hydra.job.env_set.") and key not in SETTABLE_ENV:
             found.append(f"{path} is refused: a config may set only {sorted(SETTABLE_ENV)}.")
-        if key == "trust_remote_code" and value and path not in typed:
-            found.append(f"{path}=true is refused from a file: it runs the model author's code. Type {path}=true.")
-        if path == "allow_code" and value and path not in typed:
-            found.append("allow_code is refused from a file: type allow_code=[my_module.my_function] yourself.")
+        if key in RUN_CODE and value and path not in typed:
+            found.append(
+                f"{path} is refused from a file: {RUN_CODE[key]}. Type {path}={as_typed(value)} if you trust it."
+            )
+        if path in PLACES and value != PLACES[path] and path not in typed:
+            found.append(f"{path}={value!r} is refused from a file: type it, or output_dir=...")
     if config.get("hydra", {}).get("callbacks"):
         found.append("hydra.callbacks is refused: a callback runs code before the config is checked.")
     return found
+
+
+def find_escape(output_dir: str, typed: set[str]) -> list[str]:
+    """Return what is wrong with a resolved ``output_dir`` that was not typed: a recipe writes below ``outputs``."""
+    path = PurePath(output_dir)
+    if "output_dir" in typed or (path.parts[:1] == ("outputs",) and ".." not in path.parts):
+        return []
+    return [f"output_dir={output_dir} is refused from a file: it is not below outputs/. Type output_dir=... yourself."]
+
+
+def as_typed(value: Any) -> str:
+    """Return a value as it is typed."""
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value).lower()
 
 
 def _walk(node: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:

@@ -27,6 +27,7 @@ class Model:
     chat_template: str | None = None
     pad_token: str | None = None
     trust_remote_code: bool = False
+    allow_pickle: bool = False
 
 
 @dataclass
@@ -76,6 +77,8 @@ class Root:
     allow_code: list[str] = field(default_factory=list)
     value_model: dict[str, Any] | None = None
     max_seconds: float | None = None
+    expect: dict[str, list[float]] | None = None
+    check_expected: bool = False
 
 
 @dataclass(frozen=True)

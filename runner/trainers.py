@@ -5,12 +5,13 @@ import importlib
 import inspect
 import logging
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from runner import callbacks, checkpoints, evaluation, hardware, lm_head, models, rewards
+from runner import adapters, callbacks, checkpoints, evaluation, hardware, lm_head, models, rewards
 from runner.config import build, given, trainer_name
 from runner.errors import ConfigError, RunPreempted, RunStopped
 
@@ -81,7 +82,7 @@ def load_model(name: str, tokenizer: Any, config: dict[str, Any], arguments: Any
     from transformers import set_seed
 
     set_seed(config["trainer"]["seed"])  # of new weights, such as a score head
-    adapter = models.peft_for(build(config["peft"]), trainer=name) if config["peft"] else None
+    adapter = adapters.peft_for(build(config["peft"]), trainer=name) if config["peft"] else None
     quantization = None
     if node := config["quantization"]:
         quantization = build({**node, **hardware.quantization_defaults(node, use_cpu=arguments.use_cpu)})
@@ -94,7 +95,7 @@ def load_model(name: str, tokenizer: Any, config: dict[str, Any], arguments: Any
         **given(models.load_policy, config["model"]),
     )
     if adapter:
-        models.check_adapter(model, adapter)
+        adapters.check_adapter(model, adapter)
     return model, adapter
 
 
@@ -149,7 +150,7 @@ def build_trainer(
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"{cls.__name__} refuses this config: {error}") from error
     if adapter or arguments.fp16:
-        models.keep_float32(trainer.model)
+        adapters.keep_float32(trainer.model)
     trainer.remove_callback(PrinterCallback)  # Progress says it in one line
     return trainer
 
@@ -280,6 +281,11 @@ def train(trainer: Any, stopping: Any, run_dir: Path, *, resumed: Path | None) -
         if checkpoints.free_space(run_dir, error):
             raise RunStopped(f"disk full: {error}. The checkpoints before stay: make room, then resume.") from error
         raise
+    except pickle.UnpicklingError as error:  # torch.load(weights_only=True) found more than tensors
+        raise ConfigError(
+            f"{resumed} cannot be resumed from: a file in it holds more than tensors and numbers, and to load it could "
+            "run code. Remove the checkpoint, and resume from the one before it."
+        ) from error
     if stopping.ended:
         raise RunPreempted(f"{stopping.cause}, at step {trainer.state.global_step}", stopping.code)
     logged = trainer.state.log_history[-1]
@@ -304,11 +310,17 @@ def evaluate(trainer: Any) -> dict[str, float]:
 
 def describe(trainer: Any) -> dict[str, Any]:
     """Return what a trainer ended up with: its parameters, those that train, its rows, and how weights are kept."""
+    import torch
+
     model = trainer.accelerator.unwrap_model(trainer.model)
     return {
         "parameters": sum(_size(p) for p in model.parameters()),
         "trainable_parameters": sum(_size(p) for p in model.parameters() if p.requires_grad),
         "rows": len(trainer.train_dataset),
+        "determinism": {
+            **{key: getattr(trainer.args, key) for key in ("seed", "data_seed", "full_determinism")},
+            "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        },
         "weights": {
             "dtype": str(model.dtype).removeprefix("torch."),
             "attention": model.config._attn_implementation,

@@ -15,16 +15,16 @@ SOURCES = sorted((ROOT / "runner").glob("*.py"))
 
 # Who may import whom; a module that is not named imports nothing of ours but errors.
 IMPORTS = {
-    "__main__": {"compose", "config", "errors", "manifest", "redaction", "resume", "run"},
-    "resume": {"config", "errors", "manifest", "redaction"},
+    "__main__": {"compose", "config", "errors", "freeze", "manifest", "redaction", "resume", "run"},
+    "resume": {"config", "errors", "manifest", "redaction", "safety"},
     "freeze": {"compose", "config", "errors", "manifest", "resume"},
-    "replay": {"__main__", "compose", "errors", "manifest"},
+    "replay": {"__main__", "compose", "errors", "manifest", "safety"},
     "compose": {"config", "errors", "safety"},
     "config": {"errors", "formats", "schema", "views"},
     "run": {"card", "checkpoints", "config", "data", "errors", "hardware", "manifest", "models", "preemption", "report",
             "tokens", "trainers", "views"},
-    "trainers": {"callbacks", "checkpoints", "config", "errors", "evaluation", "hardware", "lm_head", "models",
-                 "rewards"},
+    "trainers": {"adapters", "callbacks", "checkpoints", "config", "errors", "evaluation", "hardware", "lm_head",
+                 "models", "rewards"},
     "ppo": {"actor_critic", "errors", "rl_math", "roles", "rollout", "sampling"},
     "roles": {"actor_critic", "errors", "sampling"},
     "rollout": {"actor_critic", "errors", "rl_math", "sampling"},
@@ -82,7 +82,7 @@ def lines_of_code(path):
 
 
 def test_the_library_stays_small():
-    assert sum(map(lines_of_code, SOURCES)) < 6800
+    assert sum(map(lines_of_code, SOURCES)) < 7000
 
 
 def test_run_is_a_table_of_contents():

@@ -1,4 +1,7 @@
+import math
 import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -8,7 +11,7 @@ from runner import compose, manifest
 from runner.__main__ import write_run
 from runner.config import CONF
 from runner.errors import ConfigError
-from runner.freeze import freeze
+from runner.freeze import freeze, unexpected
 from runner.resume import flat
 
 
@@ -61,6 +64,46 @@ def test_what_a_recipe_cannot_say_is_refused_and_leaves_no_file(tmp_path, conf):
 def test_a_name_that_is_taken_or_none_is_refused(tmp_path, conf, name):
     with pytest.raises(ConfigError, match=r"exists already|cannot name a recipe"):
         freeze(made(tmp_path), name, conf / "experiment")
+
+
+def test_what_a_recipe_expects_is_met_within_its_bounds_only():
+    config = {"expect": {"eval_loss": [0.9, 1.1], "eval_exact_match": [0.5, 0.5]}}
+    assert unexpected(config, {"eval_loss": 1.1, "eval_exact_match": 0.5}) == []
+    assert unexpected(config, {"eval_loss": 1.11, "eval_exact_match": math.nan}) == [
+        "eval_loss is 1.11, expected 0.9 to 1.1",
+        "eval_exact_match is nan, expected 0.5 to 0.5",
+    ]
+    assert unexpected({"expect": {"eval_loss": [0, 1]}}, {}) == ["eval_loss is missing, expected 0 to 1"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "answer"),
+    [
+        (["check_expected=true"], "needs something to expect"),
+        (["expect={eval_loss: [2, 1]}"], "lowest and the highest value"),
+        (["expect={eval_loss: 1}"], "expect takes"),
+    ],
+)
+def test_expectations_that_say_nothing_are_refused(overrides, answer):
+    with pytest.raises(ConfigError, match=answer):
+        compose.compose(overrides)
+
+
+@pytest.mark.slow
+def test_a_frozen_run_can_be_run_again_and_compared(llama_dir, tmp_path, conf):
+    run_dir, metrics = start(tmp_path, f"model.name_or_path={llama_dir}", *extras("sft"))
+    path = freeze(run_dir, "mine", conf / "experiment", tolerance=0.01)
+    low, high = yaml.safe_load(path.read_text())["expect"]["eval_loss"]
+    assert low < metrics["eval_loss"] < high
+    assert high - low == pytest.approx(0.02 * metrics["eval_loss"], rel=0.01)
+    command = [sys.executable, "-m", "runner", f"--config-dir={conf}", "experiment=mine", "check_expected=true"]
+    for words, code, said in [
+        ([], 0, "All metrics are as expected"),
+        (["trainer.learning_rate=0.1"], 1, "not as expected: eval_loss is"),
+    ]:
+        done = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        assert said in done.stdout
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@ import json
 import signal
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 
 import numpy
 import pytest
@@ -28,6 +29,44 @@ def test_a_new_run_says_what_was_typed_and_on_what_it_runs(tmp_path):
     assert found["config_sha256"] == "6a5a163cfb9d8459f178db8f04e1c14b22f30c274c8d68e806c982e03e48bbe3"
     assert found["versions"]["python"] == sys.version.split()[0]
     assert {"torch", "transformers", "trl"} <= set(found["versions"])
+
+
+def test_a_running_process_says_that_it_is_alive_without_losing_what_is_written_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "BEAT_SECONDS", 0.001)
+    manifest.create(tmp_path, argv=[])
+    with manifest.recording(tmp_path):
+        first = parsed(tmp_path)["heartbeat"]
+        for number in range(200):
+            manifest.update(tmp_path, **{f"field{number}": number})
+    found = parsed(tmp_path)
+    assert found["heartbeat"] > first
+    assert all(found[f"field{number}"] == number for number in range(200))
+
+
+def test_a_killed_process_leaves_a_manifest_that_is_known_to_be_dead(tmp_path):
+    manifest.create(tmp_path, argv=[])
+    code = f"""if True:
+        import os, signal
+        from runner import manifest
+        with manifest.recording({str(tmp_path)!r}):
+            print("in", flush=True)
+            input()
+    """
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    assert not manifest.is_dead(tmp_path, parsed(tmp_path))
+    process.kill()
+    process.wait()
+    assert parsed(tmp_path)["status"] == "running"
+    assert manifest.is_dead(tmp_path, parsed(tmp_path))
+
+
+@pytest.mark.parametrize(("silent", "dead"), [(30, False), (600, True)])
+def test_a_run_of_another_machine_is_dead_when_it_has_been_silent_for_long(silent, dead, tmp_path):
+    beat = (datetime.now(UTC) - timedelta(seconds=silent)).isoformat()
+    manifest.create(tmp_path, argv=[], heartbeat=beat)
+    found = manifest.update(tmp_path, status="running", platform={"host": "elsewhere"})
+    assert manifest.is_dead(tmp_path, found) is dead
 
 
 def test_an_update_merges_and_keeps_the_rest(tmp_path):

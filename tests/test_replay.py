@@ -1,23 +1,41 @@
 import json
+import subprocess
+import sys
 
 import pytest
-from test_run import extras, start
+from test_run import BATCH, QUICK, SMALL, extras, start
 
 from runner import manifest, replay
+from runner.config import option_names
 from runner.errors import ConfigError
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("trainer", ["sft", "dpo", "grpo", "ppo"])
-def test_a_replay_in_another_place_is_identical(trainer, llama_dir, tmp_path):
+@pytest.mark.parametrize("trainer", option_names("trainer"))
+def test_a_replay_in_another_place_with_other_workers_is_identical(trainer, llama_dir, tmp_path):
     run_dir, _ = start(
         tmp_path, f"trainer={trainer}", f"model.name_or_path={llama_dir}", "trainer.learning_rate=1e-2",
         "peft.lora_dropout=0.1", *extras(trainer),
     )  # fmt: skip
-    assert replay.replay(run_dir, tmp_path / "elsewhere" / "again") is None
+    workers = {"trainer.dataloader_num_workers": 1}
+    assert replay.replay(run_dir, tmp_path / "elsewhere" / "again", **workers) is None
     again = manifest.read(tmp_path / "elsewhere" / "again")
     assert again["result_sha256"] == manifest.read(run_dir)["result_sha256"] is not None
+
+
+def test_a_replay_of_a_sweeps_second_job_is_identical(llama_dir, tmp_path):
+    words = [f"model.name_or_path={llama_dir}", *SMALL, *QUICK, *BATCH, "trainer.learning_rate=1e-2,1e-3"]
+    command = [sys.executable, "-m", "runner", "-m", *words, f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert replay.replay(tmp_path / "sweep" / "1", **{"trainer.dataset_num_proc": 2}) is None
+
+
+def test_a_replay_changes_nothing_that_could_change_the_result(llama_dir, tmp_path):
+    run_dir, _ = start(tmp_path, f"model.name_or_path={llama_dir}")
+    with pytest.raises(ConfigError, match=r"cannot change trainer.seed"):
+        replay.replay(run_dir, **{"trainer.seed": 7})
 
 
 def test_a_replay_names_the_first_step_where_it_parts_and_by_how_much(llama_dir, tmp_path):

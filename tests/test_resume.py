@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,21 @@ def test_code_is_not_run_because_a_directory_says_so(ended, key, value, typed):
     assert resume.prepare(ended, {key: value}, allow_changes=False)
 
 
+def test_a_run_that_is_alive_on_another_machine_is_left_alone(ended):
+    beat = datetime.now(UTC).isoformat()
+    manifest.update(ended, status="running", heartbeat=beat, platform={"host": "elsewhere"})
+    with pytest.raises(ConfigError, match="a process on elsewhere was alive"):
+        resume.prepare(ended, {}, allow_changes=False)
+
+
+def test_a_stranger_cannot_leave_code_in_a_config(ended):
+    config = OmegaConf.load(ended / "config.yaml")
+    OmegaConf.update(config, "trainer.lr_scheduler_kwargs", {"_target_": "os.system"}, force_add=True)
+    OmegaConf.save(config, ended / "config.yaml")
+    with pytest.raises(ConfigError, match="refused"):
+        resume.prepare(ended, {}, allow_changes=True)
+
+
 def test_a_misspelt_change_is_refused_as_everywhere(ended):
     with pytest.raises(ConfigError, match=r"did you mean trainer\.logging_steps"):
         resume.prepare(ended, {"trainer.loging_steps": 1}, allow_changes=False)
@@ -248,7 +264,10 @@ def wait_for(process, text):
     raise AssertionError(f"{text!r} did not come:\n{seen}")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143), (signal.SIGKILL, -9)],
+)
 def test_a_signal_ends_a_run_that_then_goes_on(number, code, llama_dir, tmp_path):
     words = [
         f"model.name_or_path={llama_dir}", *SMALL, *BATCH, "trainer.max_steps=300", "trainer.logging_steps=1",

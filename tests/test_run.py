@@ -81,7 +81,9 @@ def test_every_trainer_trains_saves_and_reloads(trainer, peft, kind, request, tm
     assert len(losses(run_dir)) == 2
     assert all(math.isfinite(loss) for loss in losses(run_dir))
     assert math.isfinite(metrics["eval_objective/scores" if trainer == "ppo" else "eval_loss"])
-    assert manifest.read(run_dir)["status"] == "completed"
+    record = manifest.read(run_dir)
+    assert record["status"] == "completed"
+    assert not record.keys() - manifest.FIELDS.keys()
     for name in (
         "config.yaml",
         "samples.jsonl",
