@@ -63,8 +63,7 @@ def write_run(run_dir: Path, config: dict[str, Any], choices: dict[str, str], ov
     from runner import manifest
 
     config = {**config, "output_dir": str(run_dir)}
-    if scrub(config) != config:
-        raise ConfigError("The config holds what looks like a secret, and it is written to disk: use the environment.")
+    refuse_secrets(config)
     try:
         with (run_dir / "config.yaml").open("x", encoding="utf-8") as file:
             file.write(OmegaConf.to_yaml(OmegaConf.create(config)))
@@ -73,6 +72,12 @@ def write_run(run_dir: Path, config: dict[str, Any], choices: dict[str, str], ov
             f"{run_dir} holds a run already, and none is overwritten. Type another output_dir=..."
         ) from None
     manifest.create(run_dir, argv=typed, choices=choices, overrides=overrides)
+
+
+def refuse_secrets(*written: Any) -> None:
+    """Raise ConfigError where what will be written to disk holds what looks like a secret."""
+    if scrub(list(written)) != list(written):
+        raise ConfigError("The config holds what looks like a secret, and it is written to disk: use the environment.")
 
 
 def start(run_dir: Path) -> float | None:
@@ -205,6 +210,7 @@ def prepare(argv: list[str], *, again: bool = False) -> list[str]:
     overrides = compose.rewrite_overrides(arguments.overrides)
     for cell in compose.expand_sweep(arguments.overrides) if arguments.multirun else [arguments.overrides]:
         checked = compose.compose(cell, **where)
+        refuse_secrets(checked.config, cell)  # before Hydra writes any of it
     if not only_shown and not arguments.multirun:
         begun = again and checked.run_dir.is_dir()
         (checked.run_dir / "config.yaml").unlink(missing_ok=True) if begun else None

@@ -257,6 +257,34 @@ def test_a_reward_that_raises_stops_the_run_with_the_completion(llama_dir, tmp_p
 
 
 @pytest.mark.slow
+def test_planted_secrets_reach_no_file_of_a_run(llama_dir, tmp_path):
+    secrets = {"HF_TOKEN": "hf_" + "x1" * 17, "WANDB_API_KEY": "0123456789abcdef" * 3, "MY_PASSWORD": "open sesame"}
+    (tmp_path / "leaks.py").write_text(
+        "import logging, os\n"
+        "def leak(completions, **kwargs):\n"
+        "    said = ' '.join(os.environ[name] for name in ('HF_TOKEN', 'WANDB_API_KEY', 'MY_PASSWORD'))\n"
+        "    logging.warning('https://me:hunter22@example.org/ %s', said)\n"
+        "    if kwargs['trainer_state'].global_step: raise RuntimeError(said + ' https://me:hunter22@example.org/')\n"
+        "    return [float(len(str(c))) for c in completions]\n"
+    )
+    words = [
+        *("trainer=grpo", f"model.name_or_path={llama_dir}", *SMALL, *QUICK, *BATCH, *extras("grpo")[1:]),
+        *("reward.function=leaks.leak", "allow_code=[leaks.leak]", "output_dir=it"),
+        "trainer.run_name=https://me:hunter22@example.org/",
+    ]
+    where = {**os.environ, **secrets, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "runner", *words]
+    done = subprocess.run(command, cwd=tmp_path, env=where, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stdout  # the name is written to disk
+    done = subprocess.run(command[:-1], cwd=tmp_path, env=where, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "leaks.py"]
+    assert {"manifest.json", "runner.log", "config.yaml"} <= {path.name for path in files}
+    for secret in [*secrets.values(), "hunter22"]:
+        assert [path for path in files if secret.encode() in path.read_bytes()] == []
+
+
+@pytest.mark.slow
 def test_a_run_that_diverges_is_stopped_with_its_cause(llama_dir, tmp_path):
     with pytest.raises(RunStopped, match="not finite"):
         start(
