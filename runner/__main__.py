@@ -3,14 +3,13 @@
 import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from runner import compose, resume
+from runner import compose, console, resume
 from runner.config import CONF, find_faults
 from runner.errors import ConfigError, RunPreempted, RunStopped
 from runner.redaction import Scrubbing, scrub
@@ -46,12 +45,7 @@ def task(composed: DictConfig) -> float | None:
         if about.mode == RunMode.MULTIRUN:
             failed.append(error)
             return None
-        sys.exit(exit_code(error))
-
-
-def exit_code(error: Exception) -> int:
-    """Return 2 for what a person can correct, 1 for a run that a guard ended."""
-    return 2 if isinstance(error, ConfigError) else 1
+        sys.exit(console.exit_code(error))
 
 
 def write_run(run_dir: Path, config: dict[str, Any], choices: dict[str, str], overrides: list[str]) -> None:
@@ -81,20 +75,19 @@ def refuse_secrets(*written: Any) -> None:
 
 
 def start(run_dir: Path) -> float | None:
-    """Run one directory in this process, without the libraries' bars and deprecations between our lines."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    import datasets
-    import transformers
+    """Run one directory in this process, or in several, and compare its metrics with what its recipe expects."""
+    from runner import freeze, launch, manifest
 
-    from runner import freeze, manifest
-    from runner.run import run
-
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
-    metrics = run(run_dir)
     config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+    if launch.is_needed(config.get("launch") or {}):
+        metrics = launch.launch(run_dir, config["launch"])
+    else:
+        console.quieten()
+        from runner.run import run
+
+        if launch.is_led():
+            launch.agree(run_dir)
+        metrics = run(run_dir)
     if config.get("check_expected"):
         faults = freeze.unexpected(config, metrics)
         manifest.update(run_dir, unexpected=faults)
@@ -111,6 +104,8 @@ def main() -> None:
     if any(argument.startswith(("-sc", "--shell", "--hydra-help", "--version")) for argument in sys.argv[1:]):
         task()
         return
+    if (run_dir := led_to()) is not None:
+        sys.exit(go_on(run_dir))
     try:
         if (run_dir := find_resumed(sys.argv[1:])) is not None:
             sys.exit(go_on(run_dir))
@@ -121,7 +116,16 @@ def main() -> None:
     task()
     if failed:
         log.error("%d jobs of the sweep ended early", len(failed))
-        sys.exit(max(map(exit_code, failed)))
+        sys.exit(max(map(console.exit_code, failed)))
+
+
+def led_to() -> Path | None:
+    """Return the directory of the first rank, where somebody else's launcher started this one as another."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        return None
+    from runner import launch
+
+    return launch.agree(None) if launch.is_led() else None
 
 
 def find_resumed(argv: list[str]) -> Path | None:
@@ -169,15 +173,7 @@ def without_resume(argv: list[str]) -> list[str]:
 
 def go_on(run_dir: Path) -> int:
     """Run a directory outside of Hydra, with the log that it has, and return the exit code."""
-    console, file = logging.StreamHandler(sys.stdout), logging.FileHandler(run_dir / "runner.log", encoding="utf-8")
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        handlers=[console, file],
-    )
-    for handler in (console, file):
-        handler.addFilter(Scrubbing())
+    console.set_up_logs(run_dir)
     try:
         start(run_dir)
     except RunPreempted as error:
@@ -185,7 +181,7 @@ def go_on(run_dir: Path) -> int:
         return error.code
     except (ConfigError, RunStopped) as error:
         log.error("%s", error)
-        return exit_code(error)
+        return console.exit_code(error)
     return 0
 
 

@@ -45,6 +45,9 @@ class Checkpoints(TrainerCallback):
         self.trainer, self.run_dir, self.keep, self.resumed = trainer, run_dir, keep, resumed
         self.went_on = False
         self.order: torch.Tensor | None = None  # random state that the order of this epoch is drawn from
+        self.trainer.accelerator.wait_for_everyone()  # until all have found the checkpoint
+        if trainer.is_world_process_zero():
+            tidy(run_dir, resumed)
         trainer.callback_handler.callbacks.insert(0, self)  # before those that write what it corrects
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -55,7 +58,7 @@ class Checkpoints(TrainerCallback):
             raise ConfigError(
                 f"{self.run_dir} cannot be resumed: trainer.sync_ref_model changes a model that is not saved."
             )
-        found = torch.load(self.resumed / STATE, map_location=args.device, weights_only=True)
+        found = self._load(args)
         self.order = found.pop("order").cpu()
         self._find_best(self.resumed, state)
         sampler: Any = getattr(getattr(kwargs.get("train_dataloader"), "batch_sampler", None), "sampler", None)
@@ -68,6 +71,19 @@ class Checkpoints(TrainerCallback):
                 getattr(self.trainer, name)[mode].update(numbers)
         for name, value in found.items():
             setattr(self.trainer, name, value)
+
+    def _load(self, args: Any) -> dict[str, Any]:
+        """Return what this rank had counted and held."""
+        assert self.resumed is not None
+        found = torch.load(_state_file(self.resumed, args), map_location=args.device.type, weights_only=True)
+        if (before := found.pop("processes")) != args.world_size:
+            if found.pop(HELD, None):
+                raise ConfigError(
+                    f"{self.run_dir} cannot go on with {args.world_size} processes: its checkpoint was saved by "
+                    f"{before}, in the middle of a generation. Start as many."
+                )
+            logger.warning("Going on with %d processes; the checkpoint was saved by %d", args.world_size, before)
+        return found
 
     def _find_best(self, resumed: Path, state: Any) -> None:
         """Let the best checkpoint be the one of this directory, which may have moved, if it is as it was written."""
@@ -87,13 +103,14 @@ class Checkpoints(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Complete and seal the checkpoint that was just written, then delete those that are too many."""
-        self.trainer.accelerator.wait_for_everyone()  # each process writes files of its own
-        if not state.is_world_process_zero:
-            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         names = [name for name in (*COUNTED, *COLLECTED, HELD) if hasattr(self.trainer, name)]
         found = {name: _plain(getattr(self.trainer, name)) for name in names}
-        torch.save({**found, "order": self.order}, folder / STATE)
+        own = STATE.replace(".pt", f"_{args.process_index}.pt") if args.process_index else STATE
+        torch.save({**found, "order": self.order, "processes": args.world_size}, folder / own)
+        self.trainer.accelerator.wait_for_everyone()  # each process writes files of its own
+        if not state.is_world_process_zero:
+            return
         for name in LOGS:
             sync(self.run_dir / name)
         seal(folder, {name: _size(self.run_dir / name) for name in LOGS}, resumable=not args.save_only_model)
@@ -158,10 +175,8 @@ def find_fault(folder: Path) -> str | None:
     return None
 
 
-def go_back(run_dir: Path) -> Path | None:
-    """Return the newest checkpoint of a run that can be used, with the run's logs cut back to it.
-
-    A new run has none. Newer ones that cannot be used are named, and renamed to ``.damaged``.
+def find_newest(run_dir: Path) -> Path | None:
+    """Return the newest checkpoint of a run that can be used; those that cannot are named. A new run has none.
 
     Raises:
         ConfigError: None can be used, though one was complete; or they hold no more than the model.
@@ -178,25 +193,32 @@ def go_back(run_dir: Path) -> Path | None:
         raise ConfigError(
             f"{run_dir} cannot be resumed: all its checkpoints are damaged, see above. Restore one, or start anew."
         )
-    for folder in broken:
-        shutil.rmtree(folder.with_suffix(".damaged"), ignore_errors=True)
-        folder.rename(folder.with_suffix(".damaged"))
-    if found is None and not (run_dir / LOGS[0]).exists():
-        return None
-    sealed = json.loads((found / SEAL).read_text(encoding="utf-8")) if found else {"logs": dict.fromkeys(LOGS, 0)}
+    sealed = json.loads((found / SEAL).read_text(encoding="utf-8")) if found else {}
     if not sealed.get("resumable", True):
         raise ConfigError(
             f"{run_dir} cannot be resumed: its checkpoints hold the model only (trainer.save_only_model)."
         )
-    for name, length in sealed["logs"].items():
+    for name, length in sealed.get("logs", {}).items():
         if _size(run_dir / name) < length:
             raise ConfigError(
                 f"{run_dir / name} is shorter than when {found} was saved: it was cut or lost. Restore it."
             )
+    if found or (run_dir / LOGS[0]).exists():
+        logger.info("Going on from %s", found or "the start: no checkpoint is complete")
+    return found
+
+
+def tidy(run_dir: Path, resumed: Path | None) -> None:
+    """Cut the logs of a run back to a checkpoint, or to nothing, and rename newer checkpoints to ``.damaged``."""
+    for folder in _by_step(run_dir / "checkpoints"):
+        if folder == resumed:
+            break
+        shutil.rmtree(folder.with_suffix(".damaged"), ignore_errors=True)
+        folder.rename(folder.with_suffix(".damaged"))
+    logs = json.loads((resumed / SEAL).read_text(encoding="utf-8"))["logs"] if resumed else dict.fromkeys(LOGS, 0)
+    for name, length in logs.items():
         if (run_dir / name).exists():
             os.truncate(run_dir / name, length)
-    logger.info("Going on from %s", found or "the start: no checkpoint is complete")
-    return found
 
 
 def free_space(run_dir: Path, fault: BaseException) -> bool:
@@ -232,6 +254,12 @@ def _by_step(folder: Path) -> list[Path]:
     """List checkpoints, the newest first."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
+
+
+def _state_file(folder: Path, args: Any) -> Path:
+    """Return the file of this rank, or the first rank's where fewer saved the checkpoint."""
+    own = folder / STATE.replace(".pt", f"_{args.process_index}.pt")
+    return own if args.process_index and own.exists() else folder / STATE
 
 
 def _size(path: Path) -> int:

@@ -67,7 +67,7 @@ def find_faults(config: dict[str, Any], choices: dict[str, str]) -> list[str]:
     """
     faults: list[str] = []
     own = schema.own_fields(schema.Root)
-    groups = {"model", "dataset", "reward", "samples", *UPSTREAM}
+    groups = {"model", "dataset", "reward", "samples", "launch", *UPSTREAM}
     known = {f"{key}": field for key, field in own.items()}
     for group in sorted(groups):
         node = config.get(group)
@@ -101,6 +101,15 @@ def _conflicts(config: dict[str, Any], choices: dict[str, str]) -> list[str]:
             f"quantization={choices.get('quantization', '?')} cannot train without an adapter: quantized weights "
             f"stay frozen, found peft=none. Choose {_options('peft')}, or quantization=none."
         )
+    processes, size = (config.get("launch") or {}).get("processes", 1), config.get("global_batch_size")
+    if size and isinstance(processes, int) and not accumulation(size, config["trainer"], processes):
+        found.append(
+            f"global_batch_size={size} cannot be made by {processes} processes with "
+            f"trainer.per_device_train_batch_size={config['trainer'].get('per_device_train_batch_size', 8)}: choose "
+            "another."
+        )
+    if int((config.get("launch") or {}).get("nodes", 1)) > 1 and not config["launch"].get("rendezvous"):
+        found.append("launch.nodes needs launch.rendezvous=HOST:PORT of machine 0, and an output_dir that all share.")
     expect = config.get("expect") or {}
     if config.get("check_expected") and not expect:
         found.append("check_expected=true needs something to expect: choose a recipe that has it, with experiment=...")
@@ -141,6 +150,12 @@ def _conflicts(config: dict[str, Any], choices: dict[str, str]) -> list[str]:
     return found
 
 
+def accumulation(global_batch_size: int, trainer: dict[str, Any], processes: int) -> int | None:
+    """Return the micro-batches that make an optimizer step of so many sequences; None where none do."""
+    steps, left = divmod(global_batch_size, trainer.get("per_device_train_batch_size", 8) * processes)
+    return steps if steps and not left else None
+
+
 def build(node: dict[str, Any], **fields: Any) -> Any:
     """Make the object that an upstream config node names; the node's values give way to ``fields``.
 
@@ -176,8 +191,8 @@ def _group_fields(group: str, node: dict[str, Any]) -> dict[str, schema.Field]:
         return _upstream_fields(group, node)
     if group == "model":
         return schema.own_fields(schema.Model)
-    if group == "samples":
-        return schema.own_fields(schema.Samples)
+    if group in ("samples", "launch"):
+        return schema.own_fields(schema.Samples if group == "samples" else schema.Launch)
     known = schema.own_fields(schema.Dataset if group == "dataset" else schema.Reward)
     nested, function, module = (
         ("sources", "generator", "arithmetic") if group == "dataset" else ("terms", "function", "rewards")

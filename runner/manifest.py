@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -57,6 +58,7 @@ FIELDS = {
     "weights": "precision, attention, quantization, commit and digest of what training began with",
     "untrained_rewards": "reward models whose head is random",
     "metrics": "at the end",
+    "correctable": "whether the cause is one that a person can correct in the config",
     "unexpected": "metrics that are not as the recipe expects (check_expected)",
     "result_sha256": "digest of the weights in model/",
     "peak_memory": "bytes, of the process and of its devices",
@@ -136,6 +138,11 @@ def update(run_dir: str | Path, **fields: Any) -> dict[str, Any]:
         return _write(run_dir, _merge(manifest, fields))
 
 
+def rank() -> int:
+    """Return the number of this process among those of the run; only the first writes the manifest."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def claim(run_dir: str | Path) -> Any:
     """Return the lock of a run directory, held by this process; it ends with the process at the latest.
 
@@ -146,7 +153,7 @@ def claim(run_dir: str | Path) -> Any:
 
     lock = FileLock(Path(run_dir) / ".lock")
     try:
-        if int(os.environ.get("RANK", "0")) == 0:  # the first of several ranks holds it for all
+        if rank() == 0:  # which holds it for all
             lock.acquire(timeout=0)
     except Timeout:
         raise ConfigError(f"{run_dir} is in use: a process still runs it. Wait for its end, or end it.") from None
@@ -202,7 +209,11 @@ def recording(run_dir: str | Path) -> Iterator[None]:
             yield
     except BaseException as fault:
         try:
-            update(run_dir, **_ending(fault), peak_memory=_peak_memory())
+            ending = _ending(fault)
+            update(run_dir, **ending, peak_memory=_peak_memory())
+            if (Path(run_dir) / "ranks").is_dir() and ending["status"] == "failed":
+                told = {**ending, "time": time.time(), "correctable": isinstance(fault, ConfigError)}
+                (Path(run_dir) / "ranks" / f"{rank()}.json").write_text(json.dumps(scrub(told)), encoding="utf-8")
         except (OSError, ConfigError):  # a full disk must not hide why the run ended
             logger.exception("%s could not be updated", Path(run_dir) / FILE)
         raise
@@ -218,6 +229,8 @@ def recording(run_dir: str | Path) -> Iterator[None]:
 def _write(run_dir: str | Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """Write atomically: a reader, and a machine that loses power, see the old file or the new one."""
     manifest = scrub(_plain(manifest))
+    if rank():
+        return manifest
     text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
     descriptor, name = tempfile.mkstemp(dir=run_dir, prefix=f".{FILE}.")
     temporary = Path(name)

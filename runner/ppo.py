@@ -543,7 +543,7 @@ class PPOTrainer(Trainer):
                 f"Training cannot be resumed from {folder}: it has no ppo_state.pt. Choose a complete checkpoint of a "
                 "PPO run, or start anew."
             )
-        state = torch.load(folder / "ppo_state.pt", map_location=self.args.device, weights_only=True)
+        state = torch.load(folder / "ppo_state.pt", map_location=self.args.device.type, weights_only=True)
         if state["sizes"] != self._sizes():
             raise ConfigError(
                 f"Training cannot be resumed from {folder}: its rollouts have {state['sizes']}, this run's "

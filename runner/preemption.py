@@ -6,12 +6,16 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
 
+from runner import launch, manifest
+
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+DEADLINE = 1 << 10  # among the numbers of signals
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +34,7 @@ class Preemption(TrainerCallback):
         self.start = self.last = time.monotonic()
         self.max_seconds, self.longest = max_seconds, 0.0
         self.training, self.ended, self.waiting, self.saved = False, False, False, -1
-        self.cause, self.code, self.seen = "", 143, set[int]()
+        self.cause, self.reason, self.code, self.seen = "", 0, 143, set[int]()
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Take note of a signal, or leave at once."""
@@ -38,20 +42,26 @@ class Preemption(TrainerCallback):
         if not self.training or number in self.seen:
             raise SystemExit(self.code)
         self.seen.add(number)
-        self.cause = self.cause or f"stopped by {name}"
+        self.reason = self.reason or number
         logger.warning("%s: the run ends after this step, with a checkpoint; once more ends it at once", name)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to finish steps."""
         self.training, self.last = True, time.monotonic()
+        if launch.is_ours():
+            (Path(args.output_dir).parent / "ranks" / f"{manifest.rank()}.begun").touch()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop, if it is time to; a save at the end of an epoch waits for what that logs."""
         now = time.monotonic()
         self.longest, self.last = max(self.longest, now - self.last), now
-        if self.max_seconds and now - self.start + 2 * self.longest > self.max_seconds and not self.cause:
-            self.cause = f"max_seconds={self.max_seconds:g} is near"
-        if self.cause:
+        if self.max_seconds and now - self.start + 2 * self.longest > self.max_seconds:
+            self.reason = self.reason or DEADLINE
+        if reason := _over_ranks(self.reason):
+            near = reason == DEADLINE
+            self.cause = (
+                f"max_seconds={self.max_seconds:g} is near" if near else f"stopped by {signal.Signals(reason).name}"
+            )
             args.save_only_model = False
             control.should_save = control.should_training_stop = self.ended = True
         if float(state.epoch).is_integer() and "epoch" in (args.eval_strategy, args.logging_strategy):
@@ -74,12 +84,25 @@ class Preemption(TrainerCallback):
         self.training = False
 
 
+def _over_ranks(number: int) -> int:
+    """Return the largest number over all ranks, so that they end at the same step."""
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return number
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    tensor = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+    return int(tensor)
+
+
 @contextlib.contextmanager
 def heeding(max_seconds: float | None) -> Iterator[Preemption]:
     """Heed signals inside, and give the callback that ends training."""
     callback = Preemption(max_seconds)
     main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, callback.handle) for number in SIGNALS} if main else {}
+    heeded = [signal.SIGUSR1] if launch.is_ours() else SIGNALS
+    before = {number: signal.signal(number, callback.handle) for number in heeded} if main else {}
     try:
         yield callback
     finally:

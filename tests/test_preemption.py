@@ -41,6 +41,7 @@ def test_the_same_signal_again_ends_at_once(training, number, code):
 def test_a_warning_before_the_end_is_not_the_end(training):
     training.handle(signal.SIGUSR1, None)  # Slurm's warning, then its SIGTERM
     training.handle(signal.SIGTERM, None)
+    assert step(training, 1).should_training_stop
     assert training.cause == "stopped by SIGUSR1"
 
 

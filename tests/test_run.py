@@ -285,6 +285,13 @@ def test_planted_secrets_reach_no_file_of_a_run(llama_dir, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_without_a_single_step_is_not_completed(llama_dir, tmp_path):
+    options = ["trainer=grpo", f"model.name_or_path={llama_dir}", *extras("grpo"), "trainer.num_generations=8"]
+    with pytest.raises(RunStopped, match="not one step was taken: 2 rows do not fill a batch"):
+        start(tmp_path, *options, "dataset.train_rows=2", "trainer.per_device_train_batch_size=32")
+
+
+@pytest.mark.slow
 def test_a_run_that_diverges_is_stopped_with_its_cause(llama_dir, tmp_path):
     with pytest.raises(RunStopped, match="not finite"):
         start(
