@@ -88,8 +88,8 @@ def _run(run_dir: Path) -> int:
     try:
         if manifest.read(run_dir)["status"] == "created" or resume.prepare(run_dir, {}, allow_changes=False):
             run(run_dir)
-    except RunPreempted as ended:
-        return ended.code
+    except (RunPreempted, SystemExit) as ended:  # the latter outside of training
+        return int(ended.code or 0)
     except RunStopped as ended:
         return 3 if "disk full" in str(ended) else 1
     except BaseException:  # noqa: BLE001  a child of a fork must not return into its parent's code

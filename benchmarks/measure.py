@@ -19,6 +19,7 @@ class Cost:
     memory: float  # MB, the largest single process
     output: str
     marked: float = 0.0  # CPU seconds when the first line came that had the mark
+    last: float = 0.0  # CPU seconds when the last one came
 
 
 def run(
@@ -36,9 +37,10 @@ def run(
         cwd: Where it runs.
         env: Variables beside those of this process.
         fails: Whether it is expected to fail.
-        mark: A regular expression; the first line of output that has it is when ``marked`` is read (Linux only).
+        mark: A regular expression; at the first and the last line of output that has it ``marked`` and ``last`` are
+            read (Linux only).
     """
-    start, output, marked = time.perf_counter(), "", 0.0
+    start, output, marks = time.perf_counter(), "", []
     with subprocess.Popen(
         command,
         cwd=cwd,
@@ -51,15 +53,16 @@ def run(
         assert process.stdout is not None
         for line in process.stdout:
             output += line
-            if mark and not marked and re.search(mark, line):
-                marked = _session_seconds(process.pid)
+            if mark and re.search(mark, line):
+                marks.append(_session_seconds(process.pid))
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if bool(process.returncode) != fails:
         sys.exit(f"{' '.join(command)} ended with {process.returncode}:\n{output[-3000:]}")
     wall = time.perf_counter() - start
     scale = 1024 if sys.platform != "darwin" else 1024**2
-    return Cost(usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss / scale, output, marked)
+    marks = marks or [0.0]
+    return Cost(usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss / scale, output, marks[0], marks[-1])
 
 
 def _session_seconds(leader: int) -> float:
