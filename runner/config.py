@@ -108,8 +108,6 @@ def _conflicts(config: dict[str, Any], choices: dict[str, str]) -> list[str]:
             f"trainer.per_device_train_batch_size={config['trainer'].get('per_device_train_batch_size', 8)}: choose "
             "another."
         )
-    if int((config.get("launch") or {}).get("nodes", 1)) > 1 and not config["launch"].get("rendezvous"):
-        found.append("launch.nodes needs launch.rendezvous=HOST:PORT of machine 0, and an output_dir that all share.")
     expect = config.get("expect") or {}
     if config.get("check_expected") and not expect:
         found.append("check_expected=true needs something to expect: choose a recipe that has it, with experiment=...")

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def processes(node: dict[str, Any]) -> int:
-    """Return how many processes of this machine a ``launch`` node asks for."""
+    """Return how many processes a ``launch`` node asks for."""
     if node.get("processes") != "auto":
         return int(node.get("processes") or 1)
     import torch
@@ -38,7 +38,7 @@ def processes(node: dict[str, Any]) -> int:
 
 def is_needed(node: dict[str, Any]) -> bool:
     """Tell whether ranks are to be started; not in one of them, and not in those of somebody else's launcher."""
-    return "WORLD_SIZE" not in os.environ and (int(node.get("nodes") or 1) > 1 or processes(node) > 1)
+    return "WORLD_SIZE" not in os.environ and processes(node) > 1
 
 
 def launch(run_dir: Path, node: dict[str, Any]) -> dict[str, float]:
@@ -73,16 +73,9 @@ def launch(run_dir: Path, node: dict[str, Any]) -> dict[str, float]:
 
 
 def _command(run_dir: Path, node: dict[str, Any]) -> list[str]:
-    nodes = int(node.get("nodes") or 1)
-    where = (
-        [f"--nnodes={nodes}", f"--node-rank={node['node_rank']}", f"--rdzv-endpoint={node['rendezvous']}",
-         "--rdzv-backend=c10d", f"--rdzv-id={run_dir.name}"]
-        if nodes > 1
-        else ["--standalone"]
-    )  # fmt: skip
     kept = ",".join(f"{number}:3" for number in range(1, processes(node))) or "0"
     return [
-        *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes(node)}", *where),
+        *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes(node)}", "--standalone"),
         *(f"--shutdown-timeout={GRACE}", f"--log-dir={run_dir / 'ranks' / 'output'}", f"--redirects={kept}"),
         *("-m", "runner.run", str(run_dir)),
     ]

@@ -70,12 +70,9 @@ class Samples:
 
 @dataclass
 class Launch:
-    """Keys of the ``launch`` group: how many processes, and where."""
+    """Keys of the ``launch`` group: how many processes."""
 
     processes: int | Literal["auto"] = 1
-    nodes: int = 1
-    node_rank: int = 0
-    rendezvous: str | None = None
     start_timeout: int = 600
 
 
