@@ -19,6 +19,15 @@ IMPORTS = {
     "resume": {"config", "errors", "manifest", "redaction"},
     "freeze": {"compose", "config", "errors", "manifest", "resume"},
     "replay": {"__main__", "compose", "errors", "manifest"},
+    "check": {"checkup", "compose", "config", "editor", "errors", "exhibit", "findings", "preview", "prospect", "reach"},
+    "checkup": {"compose", "config", "findings", "views"},
+    "exhibit": {"checkup", "config", "data", "findings", "models", "preview", "rewards", "rows", "tokens", "trainers"},
+    "prospect": {"callbacks", "checkup", "config", "estimate", "findings", "hardware", "models", "reach", "skeleton",
+                 "tokens", "trainers"},
+    "preview": {"errors", "tokens"},
+    "reach": {"embedded", "errors", "hub", "splits"},
+    "skeleton": {"errors", "estimate", "hardware", "hub", "models"},
+    "editor": {"config", "errors", "schema"},
     "compose": {"config", "errors", "safety"},
     "config": {"errors", "formats", "schema", "views"},
     "run": {"card", "checkpoints", "config", "data", "errors", "hardware", "manifest", "models", "preemption", "report",
@@ -82,7 +91,7 @@ def lines_of_code(path):
 
 
 def test_the_library_stays_small():
-    assert sum(map(lines_of_code, SOURCES)) < 6800
+    assert sum(map(lines_of_code, SOURCES)) < 8200
 
 
 def test_run_is_a_table_of_contents():
@@ -100,7 +109,20 @@ def test_run_is_a_table_of_contents():
 
 
 @pytest.mark.parametrize(
-    "module", ["__main__", "compose", "config", "schema", "safety", "errors", "formats", "rewards"]
+    "module",
+    [
+        "__main__",
+        "check",
+        "compose",
+        "config",
+        "editor",
+        "estimate",
+        "schema",
+        "safety",
+        "errors",
+        "formats",
+        "rewards",
+    ],
 )
 def test_what_runs_before_the_checks_imports_no_heavy_library(module):
     code = (
