@@ -49,6 +49,9 @@ def main() -> None:
     except ConfigError as error:
         sys.stderr.write(f"runner.check: {error}\n")
         sys.exit(2)
+    except BrokenPipeError:  # what reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     sys.exit(2 if done.failed else 0)
 
 
@@ -161,16 +164,24 @@ def check_config(done: Check) -> dict[str, Any]:
     """Say what was chosen, what differs from the option files, and what has no effect."""
     from runner.preview import differences
 
-    choices = {group: option for group, option in done.composed.choices.items() if option not in ("None", "null")}
+    made = done.composed.choices
+    choices = {group: made[group] for group in sorted(made, key=_place) if made[group] not in ("None", "null")}
     say("  " + " ".join(f"{group}={option}" for group, option in choices.items()))
     changed = differences(_flat(done.config), _flat(_files(done)))
     changed = [(key, mine, files) for key, mine, files in changed if key not in ("output_dir", "trainer.seed")]
-    table({key: f"{mine!r}, in the option files {files!r}" for key, mine, files in changed})
+    table({key: f"{mine!r}, {'not ' if files == '-' else ''}in the option files{'' if files == '-' else f' {files!r}'}"
+           for key, mine, files in changed})  # fmt: skip
     if not changed:
         say("  every key as in the option files")
     touched = {key for key, _, _ in changed} | {text.lstrip("+~").partition("=")[0] for text in done.overrides}
     done.add(*(Finding("no_effect", text) for text in find_idle(done.config, touched)))
     return {"choices": choices, "changed": {key: {"value": mine, "files": files} for key, mine, files in changed}}
+
+
+def _place(group: str) -> tuple[int, str]:
+    """Return where a group comes in the order in which people read them."""
+    known = ("experiment", "trainer", "model", "dataset", "peft", "quantization", "reward")
+    return (known.index(group) if group in known else len(known)), group
 
 
 def _files(done: Check) -> dict[str, Any]:

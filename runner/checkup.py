@@ -21,7 +21,8 @@ class Check:
     found: list[tuple[str, Finding]] = field(default_factory=list)  # each with its policy
     facts: dict[str, Any] = field(default_factory=dict)  # by section, for JSON
     absent: set[str] = field(default_factory=set)  # keys that name what is not here
-    rows: Any = None
+    read: Any = None  # the train rows as they were read, which findings number
+    rows: Any = None  # the splits that are used
     tokenizer: Any = None
     audit: dict[str, Any] = field(default_factory=dict)
     arguments: Any = None

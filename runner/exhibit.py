@@ -4,12 +4,15 @@ import os
 import sys
 from typing import Any
 
-from runner import data, findings, models, preview, rewards, rows, tokens, trainers
+from runner import data, findings, models, preview, rewards, tokens, trainers
 from runner.checkup import Check, Passed, need, say
 from runner.config import given
 from runner.findings import Finding, percent
 
-SHOWN_ROWS = 2  # that are shown as the model sees them, beside the longest
+MEANS = {
+    "answer": "learnt: the answers", "all": "learnt: every token", "assistant": "learnt: what the assistant says",
+    "end": "scored: the last token", "nothing": "a prompt, to be answered",
+}  # fmt: skip
 
 
 def check_data(done: Check) -> dict[str, Any]:
@@ -20,10 +23,9 @@ def check_data(done: Check) -> dict[str, Any]:
         if about and "fingerprint" in about:
             say(f"  {split}  {about.get('rows_kept', about['rows'])} rows, {about.get('format', 'mixture')}, "
                 f"fingerprint {about['fingerprint'][:12]}")  # fmt: skip
-    repeats = rows.find_repeats(loaded.train.to_list(), loaded.eval.to_list() if loaded.eval is not None else [])
-    done.add(*findings.of_rows(loaded.report, repeats, len(loaded.train)))
-    facts = {"report": loaded.report, "repeats": {name: len(pairs) for name, pairs in repeats.items()}}
-    done.rows = loaded
+    done.add(*findings.of_splits(loaded))
+    facts = {"report": loaded.report}
+    done.rows, done.read = loaded, loaded.train
     if "model.name_or_path" in done.absent or "model.tokenizer_name_or_path" in done.absent:
         say("  tokens are not counted: the tokenizer is not here")
         return facts
@@ -35,9 +37,7 @@ def check_data(done: Check) -> dict[str, Any]:
         loaded, done.tokenizer, reads=done.reads, max_length=limit, too_long=policy, trainer=done.trainer
     )
     _say_audit(done)
-    for split, audit in done.audit.items():
-        key = "trainer.max_prompt_length" if done.trainer == "ppo" else "trainer.max_length"
-        done.add(*findings.of_tokens(split, audit, f"{key}={limit}"))
+    done.add(*findings.of_tokens(done.audit, trainer=done.trainer, max_length=limit))
     return {**facts, "tokens": done.audit}
 
 
@@ -64,36 +64,31 @@ def check_view(done: Check) -> dict[str, Any]:
         raise Passed("it needs rows and a tokenizer")
     evaluates = done.rows.eval is not None
     done.arguments, _ = trainers.build_arguments(done.config["trainer"], done.composed.run_dir, evaluates=evaluates)
-    train, facts = done.rows.train, []
-    learns = preview.learns(done.trainer, done.reads, train[0], done.arguments)
+    examples = done.audit["train"]["examples"]
+    learns = preview.learns(done.trainer, done.reads, done.read[0], done.arguments)
     if learns == "assistant" and "{% generation" not in str(done.tokenizer.chat_template):
         done.add(_without_markers(done.tokenizer))
         learns = "all"
     marks = preview.COLOUR if sys.stdout.isatty() and "NO_COLOR" not in os.environ else preview.PLAIN
-    lengths = done.audit["train"]["examples"]["longest"]
-    shown = [
-        *range(min(SHOWN_ROWS, len(train))),
-        *([lengths[0] - 1] if len(train) == done.audit["train"]["rows"] else []),
-    ]
-    say({"answer": "  learnt: the answers", "all": "  learnt: every token", "nothing": "  a prompt, to be answered",
-         "assistant": "  learnt: what the assistant says", "end": "  scored: the last token"}[learns]
-        + ("" if learns == "nothing" else f", between {marks[0]} and {marks[1]}"))  # fmt: skip
-    options: dict[str, Any] = {
-        "reads": done.reads,
-        "learns": learns,
-        "limit": getattr(done.arguments, "max_length", None),
-    }
-    for number in dict.fromkeys(shown):
-        sides = preview.mark_row(train[number], done.tokenizer, marks=marks, **options)
-        facts.append({"row": number + 1, **sides})
-        for side, text in sides.items():
-            say(f"  row {number + 1}{' ' + side if side else ''}: {text}".replace("\n", "\n    "))
-    if differing := done.audit["train"]["examples"].get("prompt_differs"):
-        served, trained = preview.differing_prompt(
-            done.rows.train[min(differing[0], len(train)) - 1], done.tokenizer, reads=done.reads
-        ) or ("", "")
-        say(f"  the prompt of row {differing[0]} is served as {served!r}, and trained on as {trained!r}")
-    return {"learns": learns, "rows": facts, "rewards": _ask_rewards(done) if done.reads == "prompt" else {}}
+    say(f"  {MEANS[learns]}" + ("" if learns == "nothing" else f", between {marks[0]} and {marks[1]}"))
+    limit = getattr(done.arguments, "max_length", None)
+    shown, missing = {}, {}
+    how: dict[str, Any] = {"reads": done.reads, "tools": done.reads != "prompt" or done.trainer == "ppo"}
+    for number in dict.fromkeys([*examples["first"], *examples["longest"]]):
+        row = done.read[number - 1]
+        shown[number] = preview.mark_row(row, done.tokenizer, learns=learns, limit=limit, marks=marks, **how)
+        for side, text in shown[number].items():
+            say(f"  row {number}{' ' + side if side else ''}: {text}".replace("\n", "\n    "))
+        if absent := preview.left_out(row, done.tokenizer, **how):
+            missing[number] = absent
+    for number, absent in missing.items():
+        text = f"the chat template does not write all of row {number}, and the model never sees: {', '.join(absent)}."
+        done.add(Finding("left_out", text, [number]))
+    if differing := examples.get("prompt_differs"):
+        pair = preview.differing_prompt(done.read[differing[0] - 1], done.tokenizer, reads=done.reads)
+        served, trained = pair or ("", "")
+        say(f"  the prompt of row {differing[0]} is served as ...{served!r}, and trained on as ...{trained!r}")
+    return {"learns": learns, "rows": shown, "rewards": _ask_rewards(done) if done.reads == "prompt" else {}}
 
 
 def _without_markers(tokenizer: Any) -> Finding:

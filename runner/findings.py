@@ -4,14 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from runner.rows import find_repeats
+
 # Each finding, and what it does to a check: ``fail`` ends it with exit code 2.
 POLICIES = {
-    "no_effect": "warn", "dropped": "warn", "skipped": "warn", "duplicates": "warn", "overlap": "warn",
-    "over_length": "warn", "truncated": "warn", "no_supervised_token": "warn", "no_stop_token": "warn",
-    "double_bos": "warn", "prompt_differs": "warn", "no_generation_markers": "fail", "reward_blind": "warn",
-    "reward_order": "warn", "context": "warn", "few_rows": "warn", "memory": "warn", "disk": "fail", "trackers": "fail",
-    "note": "warn",
-}  # fmt: skip
+    **dict.fromkeys(("no_effect", "dropped", "skipped", "duplicates", "overlap", "over_length", "truncated"), "warn"),
+    **dict.fromkeys(("no_supervised_token", "no_stop_token", "double_bos", "prompt_differs", "left_out"), "warn"),
+    **dict.fromkeys(("reward_blind", "reward_order", "context", "few_rows", "memory", "note"), "warn"),
+    **dict.fromkeys(("no_generation_markers", "disk", "trackers"), "fail"),
+}
 SHOWN = 3  # rows that a finding names
 
 
@@ -24,16 +25,12 @@ class Finding:
     rows: Sequence[int] = ()
 
 
-def of_rows(report: Mapping[str, Any], repeats: Mapping[str, Sequence[tuple[int, int]]], rows: int) -> list[Finding]:
-    """Return what was left out, and what is there twice.
-
-    Args:
-        report: of ``data.load_splits``.
-        repeats: of ``rows.find_repeats``.
-        rows: to train on.
-    """
+def of_splits(splits: Any) -> list[Finding]:
+    """Return what was left out of the splits of ``data.load_splits``, and what is there twice."""
+    rows = len(splits.train)
+    repeats = find_repeats(splits.train.to_list(), splits.eval.to_list() if splits.eval is not None else [])
     found = []
-    for split, about in report.items():
+    for split, about in splits.report.items():
         for reason, count in ((about or {}).get("dropped") or {}).items():
             found.append(Finding("dropped", f"{split}: {count} of {about['rows_read']} rows are left out: {reason}."))
         for reason, count in ((about or {}).get("skipped") or {}).items():
@@ -48,8 +45,13 @@ def of_rows(report: Mapping[str, Any], repeats: Mapping[str, Sequence[tuple[int,
     return found
 
 
-def of_tokens(split: str, audit: Mapping[str, Any], limit: str) -> list[Finding]:
-    """Return what the audit of a split's tokens says; ``limit`` is the key and value that rows are cut at."""
+def of_tokens(audits: Mapping[str, Mapping[str, Any]], *, trainer: str, max_length: int | None) -> list[Finding]:
+    """Return what the audits of ``tokens.fit_splits`` say."""
+    limit = f"{'trainer.max_prompt_length' if trainer == 'ppo' else 'trainer.max_length'}={max_length}"
+    return [one for split, audit in audits.items() for one in _of_audit(split, audit, limit)]
+
+
+def _of_audit(split: str, audit: Mapping[str, Any], limit: str) -> list[Finding]:
     where, examples = f"{split}: ", audit.get("examples", {})
     found = []
 

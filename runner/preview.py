@@ -14,7 +14,14 @@ SIDES = {"preference": ("chosen", "rejected")}
 
 
 def mark_row(
-    row: Mapping[str, Any], tokenizer: Any, *, reads: str, learns: str, limit: int | None, marks: tuple[str, str]
+    row: Mapping[str, Any],
+    tokenizer: Any,
+    *,
+    reads: str,
+    learns: str,
+    limit: int | None,
+    marks: tuple[str, str],
+    tools: bool = True,
 ) -> dict[str, str]:
     """Return the sequences of a row, decoded from their tokens, with what is learnt between marks.
 
@@ -26,8 +33,9 @@ def mark_row(
             is read; or ``nothing``, of a prompt.
         limit: tokens that are kept; the rest is shown as cut off.
         marks: before and after what is learnt.
+        tools: whether the trainer tells the template of them.
     """
-    spelt = spell_rows([dict(row)], tokenizer, reads=reads)[0]
+    spelt = spell_rows([dict(row)], tokenizer, reads=reads, tools=tools)[0]
     names = SIDES.get(reads, ("",))
     return {
         name: _marked(one, _learnt(one, row, tokenizer, learns), tokenizer, limit, marks)
@@ -93,6 +101,21 @@ def differing_prompt(row: Mapping[str, Any], tokenizer: Any, *, reads: str) -> t
             same = max(0, same - 20)
             return one.prompt_text[same : same + 80], one.text[same : same + 80]
     return None
+
+
+def left_out(row: Mapping[str, Any], tokenizer: Any, *, reads: str, tools: bool = True) -> list[str]:
+    """Return what of a chat its template does not write: contents, names of tools and of tools that are called."""
+    spelt = spell_rows([dict(row)], tokenizer, reads=reads, tools=tools)[0]
+    text = "\n".join(one.text for one in spelt)
+    told = row.get("tools") or []
+    parts = [
+        (tool.get("function") or tool).get("name") for tool in (json.loads(told) if isinstance(told, str) else told)
+    ]
+    for column in ("prompt", "messages", *(("completion", "chosen", "rejected") if reads != "prompt" else ())):
+        for message in row.get(column) or [] if isinstance(row.get(column), list) else []:
+            parts.append((message.get("content") or "").strip())
+            parts += [call["function"]["name"] for call in message.get("tool_calls") or []]
+    return list(dict.fromkeys(shorten(part, 60) for part in parts if part and part not in text))
 
 
 def score_answers(row: Mapping[str, Any], scoring: Any) -> dict[str, dict[str, Any]]:

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 CHUNK_ROWS = 1_000  # tokens of so many rows are held at once
 PACKED_ROWS = 1_000  # as datasets.map batches them
 SHOWN_ROWS = 5
+FIRST_ROWS = 2
 
 Content = str | list[dict[str, Any]]  # text or messages
 
@@ -96,7 +97,7 @@ def fit_lengths(
         ``stop_token_in_loss``, ``bos``, ``double_bos`` and ``prompt_differs`` are shares of the sequences that are
         left, ``no_supervised_token`` of all rows; quantiles are of all sequences, whole; ``tokens`` are trained on
         in an epoch, in ``sequences``, the longest of ``longest``, which fill ``packed`` ones; ``examples`` are the
-        first rows of each finding, numbered from 1, and the longest that is kept.
+        first rows of each finding, numbered from 1, and the first and the longest that are kept.
 
     Raises:
         ConfigError: rows are too long (``fail``), none is left, the trainer cannot truncate, or the chat template
@@ -389,7 +390,8 @@ def _examples(counted: Sequence[Sequence[Counts]], kept: set[int], limit: float,
         for name, sign in signs.items()
     }
     longest = max(kept, key=lambda n: (max(counts.total for counts in counted[n]), -n))
-    return {name: rows for name, rows in found.items() if rows} | {"longest": [longest + 1]}
+    first = [n + 1 for n in sorted(kept)[:FIRST_ROWS]]
+    return {name: rows for name, rows in found.items() if rows} | {"first": first, "longest": [longest + 1]}
 
 
 def _quantiles(lengths: Iterable[int]) -> dict[str, int]:
