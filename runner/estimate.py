@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-PROCESS = 620e6  # bytes of Python and its libraries, a tokenizer and rows, before any weights; measured on a CPU
+PROCESS = 610e6  # bytes of Python and its libraries, a tokenizer and rows, before any weights; measured on a CPU
 CONTEXT = 500e6  # bytes that a CUDA context holds beside the tensors
 VOCABULARY_TILE, TOKEN_TILE = 32_768, 4_096  # of TRL's LM head.   Source: trl 1.16, trl/kernels/chunked_logprob.py
 PPO_CELLS = 1 << 26  # logits that PPO holds at a time: actor_critic.HEAD_CELLS
@@ -113,7 +113,7 @@ class Model:
         by_module: of the trainable ones, by the type of module.
         weights: bytes of all of them, as loaded.
         loading: bytes that loading takes beside them and does not give back.
-        kept: bytes that a forward pass keeps for the backward pass, by token.
+        kept: bytes that a forward pass holds for the backward pass, by token, with what is lost between them.
         kept_checkpointed: the same where activations are recomputed: every layer's input, and one layer.
         cache: bytes of a token's keys and values.
         vocabulary: entries.
@@ -289,8 +289,8 @@ def _logits(model: Model, work: Work) -> float:
     if work.trainer == "reward":
         return 0
     if work.trainer == "ppo":
-        return 4 * min(work.scored * model.vocabulary, PPO_CELLS) * 3  # logits, a gradient, what entropy is made of
+        return 4 * min(work.scored * model.vocabulary, PPO_CELLS) * 5  # logits, gradients, what entropy is made of
     if work.trainer in ("orpo", "cpo"):
         return 4 * work.sequences * work.length * model.vocabulary * 3
     cells = min(work.scored, TOKEN_TILE) * min(model.vocabulary, VOCABULARY_TILE)
-    return 4 * cells * (1.5 if work.cuda else 6)  # in plain torch: scores, scaled, shifted, and their gradients
+    return 4 * cells * (1.5 if work.cuda else 8)  # in plain torch: scores, scaled, shifted, and their gradients
