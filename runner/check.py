@@ -93,7 +93,7 @@ def check(words: Sequence[str]) -> Check:
     say(f"\n{faults} to correct, {len(done.found) - faults} to know, in {time.monotonic() - start:.0f} s")
     if path := options.get("json"):
         listed = [{"policy": policy, **asdict(one)} for policy, one in done.found]
-        everything = {"config": done.config, "findings": listed, **done.facts}
+        everything = {"resolved": done.config, "findings": listed, **done.facts}
         Path(path).write_text(json.dumps(everything, indent=2, ensure_ascii=False, default=str), encoding="utf-8")
     return done
 
@@ -215,6 +215,7 @@ def check_reach(done: Check) -> dict[str, Any]:
     done.absent = {place.key for place in places if place.state == "not asked"}
     done.absent |= {fault.partition("=")[0] for fault in faults}
     done.add(*(Finding("reach", fault) for fault in faults))
+    done.add(*(Finding("trackers", fault) for fault in reach.tracker_faults(done.config["trainer"])))
     free = reach.writable(done.composed.run_dir)
     say(f"  output_dir  {done.composed.run_dir}, {size(free)} free")
     return {"places": [asdict(place) for place in places], "free_bytes": free}

@@ -11,12 +11,11 @@ from runner import embedded, hub
 from runner.errors import ConfigError
 from runner.splits import may_be_hub_id
 
-TRACKERS = {
-    "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",), "mlflow": ("mlflow",),
-    "comet_ml": ("comet_ml",), "clearml": ("clearml",), "swanlab": ("swanlab",), "neptune": ("neptune",),
-    "codecarbon": ("codecarbon",), "dvclive": ("dvclive",), "azure_ml": ("azureml",), "flyte": ("flytekit",),
-    "dagshub": ("mlflow",), "trackio_local": ("trackio",),
-}  # fmt: skip
+TRACKERS = {  # their packages, where the names differ or there are several
+    **{name: (name,) for name in ("wandb", "trackio", "mlflow", "comet_ml", "clearml", "swanlab", "codecarbon")},
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "flyte": ("flytekit",),
+}
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
            "adapter_model.safetensors", "adapter_model.bin")  # fmt: skip
 HUB_SECONDS = 3.0
@@ -148,9 +147,10 @@ def writable(run_dir: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def tracker_faults(arguments: Any) -> list[str]:
-    """Return what trackers and the hub lack: a package that is not installed, a token."""
-    asked = arguments.report_to if isinstance(arguments.report_to, list) else [arguments.report_to]
+def tracker_faults(trainer: dict[str, Any]) -> list[str]:
+    """Return what the trackers and the hub that a trainer's node asks for lack: a package, a token."""
+    asked = trainer.get("report_to") or []
+    asked = [asked] if isinstance(asked, str) else asked
     found = [
         f"trainer.report_to={name} cannot be used: the package {TRACKERS[name][0]} is not installed. Type pip install "
         f"{TRACKERS[name][0]}, or trainer.report_to=none."
@@ -159,7 +159,7 @@ def tracker_faults(arguments: Any) -> list[str]:
     ]
     if "wandb" in asked and not found and not _has_wandb_login():
         found.append("trainer.report_to=wandb has no login: type wandb login, or set WANDB_MODE=offline.")
-    if arguments.push_to_hub:
+    if trainer.get("push_to_hub"):
         from huggingface_hub import get_token
 
         if get_token() is None:

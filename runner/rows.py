@@ -214,7 +214,8 @@ def _question(row: Row) -> Any:
 
 
 def _content(value: Any) -> str:
-    return " ".join(json.dumps(value, ensure_ascii=False, sort_keys=True, default=str).casefold().split())
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str).casefold()
+    return "".join(text.replace("\\n", " ").replace("\\t", " ").split())
 
 
 def _without_nulls(value: Any) -> Any:
