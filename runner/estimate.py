@@ -57,7 +57,7 @@ def plan_run(trainer: str, arguments: Any, *, audit: dict[str, Any], evaluates: 
     length = audit["tokens"] / audit["sequences"]
     if audit.get("packed") and getattr(arguments, "packing", False):
         length = audit["tokens"] / audit["packed"]
-    if online := hasattr(arguments, "max_completion_length"):
+    if online := _samples(arguments):
         length += arguments.max_completion_length or 0
     sides = 1 if online else audit["sequences"] / (audit["rows"] - audit["dropped"])
     return Plan(
@@ -69,6 +69,11 @@ def plan_run(trainer: str, arguments: Any, *, audit: dict[str, Any], evaluates: 
         evaluations=_evaluations(arguments, steps, per_epoch) if evaluates else 0,
         checkpoints=_times(arguments.save_strategy, arguments.save_steps, steps, per_epoch),
     )
+
+
+def _samples(arguments: Any) -> bool:
+    """Tell whether a trainer answers its prompts itself."""
+    return hasattr(arguments, "steps_per_generation") or hasattr(arguments, "rollout_rows")
 
 
 def _steps_per_epoch(trainer: str, arguments: Any, audit: dict[str, Any]) -> tuple[int, int]:
@@ -188,7 +193,7 @@ def work_of(
     sequences, length = sides * batch, audit["longest"]
     scored = min(sequences * audit["completion_tokens"]["p90"], sequences * length)
     graphs = 1
-    if hasattr(arguments, "max_completion_length"):
+    if _samples(arguments):
         answer = arguments.max_completion_length or 0
         length = audit["longest"] + answer
         scored = batch * answer

@@ -57,20 +57,17 @@ def _of_audit(split: str, audit: Mapping[str, Any], limit: str) -> list[Finding]
 
     def say(name: str, share: float, text: str, example: str) -> None:
         rows = examples.get(example, [])[:SHOWN]
-        named = (
-            f" (row {', '.join(map(str, rows))}{', ...' if share * audit['rows'] > len(rows) else ''})" if rows else ""
-        )
+        more = ", ..." if len(examples.get(example, [])) > SHOWN else ""
+        named = f" (row {', '.join(map(str, rows))}{more})" if rows else ""
         if share > 0:
             found.append(Finding(name, f"{where}{percent(share)} of {text}{named}.", rows))
 
-    say("over_length", audit["dropped"] / audit["rows"], f"rows are left out: over {limit}", "over_length")
+    left = audit["dropped"] / audit["rows"]
+    if audit["dropped"] == audit["over_length"]:
+        say("over_length", left, f"rows are left out: over {limit}", "over_length")
+    else:
+        say("no_supervised_token", left, f"rows are left out: their prompt fills {limit}", "no_supervised_token")
     say("truncated", audit.get("truncated", 0), f"sequences are cut at {limit}, and do not end", "over_length")
-    say(
-        "no_supervised_token",
-        audit["no_supervised_token"],
-        f"rows teach nothing: the prompt fills {limit}",
-        "over_length",
-    )
     endless = 1 - audit.get("stop_token_in_loss", 1) - audit.get("truncated", 0)
     mute = "sequences do not end with a stop token: the model will not learn to stop"
     say("no_stop_token", endless if endless > 1e-9 else 0, mute, "no_stop_token")

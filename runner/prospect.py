@@ -11,7 +11,7 @@ from typing import Any
 from runner import estimate, hardware, models, reach, skeleton, trainers
 from runner.callbacks import duration
 from runner.checkup import Check, Passed, need, say, size, table
-from runner.config import build
+from runner.config import build, given
 from runner.findings import Finding, percent
 
 
@@ -54,10 +54,20 @@ def _with_value_function(done: Check, policy: estimate.Model, model: Any, shape:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     value = None
     if mode == "separate":
-        node = done.config.get("value_model") or done.config["model"]
+        node = done.config.get("value_model") or _like_policy(done) or done.config["model"]
         own = skeleton.build(node, tokenizer=done.tokenizer, classifier=True)
         value = skeleton.measure(own, quantization=None, arguments=done.arguments, **shape)
     return skeleton.with_value_function(policy, mode, base.config.get_text_config().hidden_size, value)
+
+
+def _like_policy(done: Check) -> dict[str, Any] | None:
+    """Return the reward model that a value model would be copied from: one of the policy's vocabulary."""
+    for key, node in reach.reward_models(done.config["reward"]).items():
+        if f"{key}.name_or_path" not in done.absent:
+            tokenizer = models.load_tokenizer(**given(models.load_tokenizer, node))
+            if tokenizer.get_vocab() == done.tokenizer.get_vocab():
+                return node
+    return None
 
 
 def _copies(done: Check, policy: estimate.Model, adapter: Any) -> dict[str, float]:
@@ -72,7 +82,7 @@ def _copies(done: Check, policy: estimate.Model, adapter: Any) -> dict[str, floa
         if f"{key}.name_or_path" in done.absent:
             say(f"  {key} is not counted: it is not here")
             continue
-        tokenizer = models.load_tokenizer(node["name_or_path"], revision=node.get("revision"))
+        tokenizer = models.load_tokenizer(**given(models.load_tokenizer, node))
         judge = skeleton.build(node, tokenizer=tokenizer, classifier=True)
         found[key] = 4.0 * sum(parameter.numel() for parameter in judge.parameters())
     return found

@@ -381,6 +381,7 @@ def _examples(counted: Sequence[Sequence[Counts]], kept: set[int], limit: float,
     """Return the numbers of the first rows, from 1, that each finding is about."""
     signs: dict[str, Callable[[Counts], bool]] = {
         "over_length": lambda counts: counts.total > limit,
+        "no_supervised_token": lambda counts: reads != "prompt" and counts.total > limit <= counts.prompt,
         "double_bos": lambda counts: counts.bos > 1,
         "prompt_differs": lambda counts: counts.differs,
         "no_stop_token": lambda counts: reads != "prompt" and not counts.stops,

@@ -170,6 +170,21 @@ def test_a_reward_that_cannot_tell_the_reference_from_nothing_is_found(base, tmp
     assert "to the reference and to an empty answer" in found(words, "reward_blind")[0][0]
 
 
+def test_a_reward_model_is_counted_and_not_asked(base, neox_dir, tmp_path, capsys):
+    # The value model is copied from it, for it has the policy's vocabulary, of 293 tokens: 32 numbers each; in both
+    # layers qkv 33 x 96, dense 33 x 32, inner 33 x 64 and 65 x 32, norms 4 x 32; a last norm, 2 x 32, and a score, 32.
+    rows = [{"prompt": "a", "completion": "b"}] * 40
+    done = check([
+        *base, *write_rows(tmp_path / "rows", rows), "trainer=ppo", "trainer.value_mode=separate", "reward=model",
+        "model@reward.model=pythia160m", f"reward.model.name_or_path={neox_dir}",
+    ])  # fmt: skip
+    assert not done.failed
+    assert "its weights are not read" in capsys.readouterr().out
+    assert done.copies["reward.model"] > 0
+    layer = 33 * 96 + 33 * 32 + 33 * 64 + 65 * 32 + 4 * 32
+    assert done.model.by_module["value function"] == 293 * 32 + 2 * layer + 2 * 32 + 32
+
+
 # ---------------------------------------------------------------- config, plan, model, output
 
 
