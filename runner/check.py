@@ -126,6 +126,8 @@ def read_options(words: Sequence[str]) -> tuple[dict[str, str], dict[str, str], 
             faults.append(f"{key} does not exist: {nearest(name, list(OPTIONS))}")
         elif not value or (OPTIONS[name] == "true or false" and value not in ("true", "false")):
             faults.append(f"{key} takes {OPTIONS[name]}, found {value!r}.")
+        elif name == "json" and not Path(value).absolute().parent.is_dir():
+            faults.append(f"check.json={value} cannot be written: there is no folder {Path(value).parent}.")
         else:
             options[name] = value
     if faults:

@@ -70,7 +70,8 @@ def check_view(done: Check) -> dict[str, Any]:
         done.add(_without_markers(done.tokenizer))
         learns = "all"
     marks = preview.COLOUR if sys.stdout.isatty() and "NO_COLOR" not in os.environ else preview.PLAIN
-    say(f"  {MEANS[learns]}" + ("" if learns == "nothing" else f", between {marks[0]} and {marks[1]}"))
+    how_marked = "in colour" if marks == preview.COLOUR else f"between {marks[0]} and {marks[1]}"
+    say(f"  {MEANS[learns]}" + ("" if learns == "nothing" else f", {how_marked}"))
     limit = getattr(done.arguments, "max_length", None)
     shown, missing = {}, {}
     how: dict[str, Any] = {"reads": done.reads, "tools": done.reads != "prompt" or done.trainer == "ppo"}

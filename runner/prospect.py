@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
+
 from runner import estimate, hardware, models, reach, skeleton, trainers
 from runner.callbacks import duration
 from runner.checkup import Check, Passed, need, say, size, table
@@ -150,11 +152,26 @@ def check_memory(done: Check) -> dict[str, Any]:
 
 
 def probe(done: Check) -> dict[str, Any]:
-    """Take one optimizer step on the longest rows and one evaluation step, with the weights."""
+    """Take optimizer steps on the longest rows and one evaluation step, with the weights.
+
+    Of each two, of PPO two rollouts, the second is timed: the first also pays for what is done once.
+    """
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
     if done.plan is None or done.failed:
         raise Passed("there is something to correct first")
     config, plan = copy.deepcopy(done.config), done.plan
-    quiet = {"max_steps": 1, "save_strategy": "no", "eval_on_start": False, "report_to": "none", "push_to_hub": False}
+    steps = getattr(done.arguments, "steps_per_rollout", 1)
+    quiet = {
+        "max_steps": 2 * steps,
+        "save_strategy": "no",
+        "eval_on_start": False,
+        "report_to": "none",
+        "push_to_hub": False,
+    }
     config["trainer"] |= {**quiet, "eval_strategy": "no"} | ({"total_episodes": None} if done.trainer == "ppo" else {})
     rows = _longest(done, plan.sequences)
     held_out = (
@@ -170,22 +187,34 @@ def probe(done: Check) -> dict[str, Any]:
         model, adapter = trainers.load_model(done.trainer, done.tokenizer, config, arguments)
         parts = {"adapter": adapter, "arguments": arguments, "tokenizer": done.tokenizer, "scoring": scoring}
         trainer = trainers.build_trainer(config, model=model, train=rows, held_out=held_out, run_dir=folder, **parts)
-        start = time.monotonic()
+        clock = _Clock()
+        trainer.add_callback(clock)
         trainer.train()
-        step = time.monotonic() - start
-        start = time.monotonic()
-        if held_out is not None:
+        step, evaluation = (clock.ends[-1] - clock.ends[steps - 1]) / steps, 0.0
+        for _ in range(2 if held_out is not None else 0):
+            start = time.monotonic()
             trainer.evaluate()
-        evaluation = time.monotonic() - start
+            evaluation = time.monotonic() - start
     peak = _peak()
     whole = plan.steps * step
     table({
-        "a step": f"{step:.1f} s, on the longest rows",
-        "an evaluation step": f"{evaluation:.1f} s" if held_out is not None else "none",
+        "a step": f"{step:.2f} s, on the longest rows",
+        "an evaluation step": f"{evaluation:.2f} s" if held_out is not None else "none",
         "peak": f"{size(peak)}, estimated {size(done.facts['memory']['peak'])}",
         "the whole": f"at most about {duration(whole)}, without evaluations",
     })  # fmt: skip
     return {"step_seconds": step, "evaluation_seconds": evaluation, "peak_bytes": peak, "training_seconds": whole}
+
+
+class _Clock(TrainerCallback):
+    """Notes when optimizer steps end."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Note the time."""
+        self.ends.append(time.monotonic())
 
 
 def _longest(done: Check, count: int) -> Any:

@@ -148,6 +148,16 @@ def test_what_is_learnt_stands_between_brackets(base, tmp_path, capsys):
     assert "\033[" not in out
 
 
+@pytest.mark.parametrize(("no_color", "shown"), [(None, "th\033[7;32mzq<|eos|>\033[0m"), ("1", "th[[zq<|eos|>]]")])
+def test_a_terminal_gets_colours_unless_it_wants_none(no_color, shown, base, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    check([*base, *write_rows(tmp_path / "rows", [PLAIN])])
+    assert f"row 1: {shown}" in capsys.readouterr().out
+
+
 def test_both_sides_of_a_preference_are_shown(base, tmp_path, capsys):
     rows = [{"prompt": "th", "chosen": "zq", "rejected": "q"}]
     check(["trainer=dpo", *base, *write_rows(tmp_path / "rows", rows)])
@@ -224,13 +234,17 @@ def test_a_whole_check_is_written_as_json(base, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_probe_takes_a_step_with_the_weights(base, tmp_path):
+@pytest.mark.parametrize("trainer", ["sft", "grpo", "ppo"])
+def test_a_probe_takes_steps_with_the_weights(trainer, base, tmp_path):
     rows = [{"prompt": "th", "completion": "z" * n} for n in range(1, 9)]
     words = write_rows(tmp_path / "rows", rows, [{"prompt": "in", "completion": "z"}])
+    online = ["reward=unique_chars", "trainer.max_completion_length=4"] if trainer != "sft" else []
+    online += ["trainer.num_generations=2"] if trainer == "grpo" else []
     small = ["check.probe=true", "trainer.per_device_train_batch_size=2", "trainer.warmup_steps=0"]
-    probe = check([*base, *words, *small]).facts["probe"]
+    done = check([f"trainer={trainer}", *base, *words, *small, *online, "trainer.learning_rate=1e-2"])
+    probe = done.facts["probe"]
     assert probe["step_seconds"] > 0
-    assert probe["training_seconds"] == pytest.approx(8 * probe["step_seconds"])  # 4 steps an epoch, 2 epochs
+    assert probe["training_seconds"] == pytest.approx(done.plan.steps * probe["step_seconds"])
     assert not (tmp_path / "rows" / "run").exists()
 
 
@@ -335,6 +349,7 @@ def test_a_wrong_key_in_a_recipe_names_the_right_one(word, tmp_path):
     [
         ("check.jsn=a", "did you mean json?"),
         ("check.probe=yes", "takes true or false"),
+        ("check.json=no/such/check.json", "there is no folder no/such"),
         ("check.policy.overlp=fail", "did you mean overlap?"),
         ("check.policy.overlap=stop", "takes warn or fail"),
     ],
