@@ -70,8 +70,6 @@ def fork(run_dir: Path) -> int:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
             code = _run(run_dir)
-            sys.stdout.flush()
-            sys.stderr.flush()
     finally:
         os._exit(code)
 
@@ -93,7 +91,9 @@ def _run(run_dir: Path) -> int:
     except RunStopped as ended:
         return 3 if "disk full" in str(ended) else 1
     except BaseException:  # noqa: BLE001  a child of a fork must not return into its parent's code
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # the log is on the same full disk
+            traceback.print_exc()
+            sys.stderr.flush()
         return 4 if "No space left" in traceback.format_exc() else 1
     return 0
 
@@ -158,7 +158,7 @@ def interrupt(way: str, run_dir: Path, seconds: float, chance: random.Random) ->
             file.write(bytes(max(0, free - chance.randrange(1 << 20))))
         code = wait(process)
         ballast.unlink()
-        return None if code == 0 else "stopped: disk full" if code in (3, 4) else f"failed with {code}"
+        return None if code == 0 else "stopped: disk full" if code in (3, 4) else f"failed: {last_line(run_dir)}"
     if way == "SIGKILL, in a save":
         found = ended(process, 10 * seconds, lambda: writes(run_dir))
         found = found or ended(process, chance.uniform(0, 0.03))
@@ -168,7 +168,12 @@ def interrupt(way: str, run_dir: Path, seconds: float, chance: random.Random) ->
         os.kill(process, signal.SIGTERM if "SIGTERM" in way else signal.SIGKILL)
     code = wait(process)
     known = {0: None, -9: "killed", 143: "preempted", -15: "preempted"}  # -15: before it could heed it
-    return known.get(code, f"failed with {code}")
+    return known.get(code, f"failed with {code}: {last_line(run_dir)}")
+
+
+def last_line(run_dir: Path) -> str:
+    """Return the last line that a run said."""
+    return run_dir.with_name(f"{run_dir.name}.log").read_text(encoding="utf-8").splitlines()[-1]
 
 
 def campaign(lane: int, given: Any, model: Path, folder: Path) -> list[dict[str, Any]]:
@@ -225,9 +230,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--lanes", type=int, default=2, help="runs at a time")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     given = parser.parse_args()
-    given.ways = WAYS if os.geteuid() == 0 and sys.platform == "linux" else WAYS[:-1]
-    if given.ways != WAYS:
+    if WAYS[-1] in given.ways and not (os.geteuid() == 0 and sys.platform == "linux"):
+        given.ways = [way for way in given.ways if way != WAYS[-1]]
         sys.stderr.write("The full disk is left out: a small disk can only be mounted by root, on Linux.\n")
     import torch
     import trl  # noqa: F401  so that no run has to import it
@@ -237,7 +243,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    model, lanes = save_tiny("llama", folder / "model"), []
+    model, lanes = save_tiny(folder / "model"), []
     for lane in range(given.lanes):
         if not (process := os.fork()):
             code = 1

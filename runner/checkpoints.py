@@ -60,6 +60,7 @@ class Checkpoints(TrainerCallback):
             )
         found = self._load(args)
         self.order = found.pop("order").cpu()
+        self.trainer.model.train(found.pop("training"))  # by which trl tells what it logs at the end
         self._find_best(self.resumed, state)
         sampler: Any = getattr(getattr(kwargs.get("train_dataloader"), "batch_sampler", None), "sampler", None)
         if type(sampler).__name__ == "RepeatSampler" and getattr(sampler, "shuffle", False):
@@ -107,7 +108,8 @@ class Checkpoints(TrainerCallback):
         names = [name for name in (*COUNTED, *COLLECTED, HELD) if hasattr(self.trainer, name)]
         found = {name: _plain(getattr(self.trainer, name)) for name in names}
         own = STATE.replace(".pt", f"_{args.process_index}.pt") if args.process_index else STATE
-        torch.save({**found, "order": self.order, "processes": args.world_size}, folder / own)
+        found |= {"order": self.order, "processes": args.world_size, "training": self.trainer.model.training}
+        torch.save(found, folder / own)
         self.trainer.accelerator.wait_for_everyone()  # each process writes files of its own
         if not state.is_world_process_zero:
             return

@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,69 @@ def accumulation(global_batch_size: int, trainer: dict[str, Any], processes: int
     """Return the micro-batches that make an optimizer step of so many sequences; None where none do."""
     steps, left = divmod(global_batch_size, trainer.get("per_device_train_batch_size", 8) * processes)
     return steps if steps and not left else None
+
+
+# Keys, what the others must be for them to have no effect, and how to say so. ``t`` is the trainer's node.
+IDLE: list[tuple[str, Callable[[dict[str, Any], dict[str, Any]], bool], str]] = [
+    ("trainer.num_train_epochs", lambda t, c: t.get("max_steps", -1) > 0, "trainer.max_steps is set"),
+    ("trainer.num_train_epochs", lambda t, c: bool(t.get("total_episodes")), "trainer.total_episodes is set"),
+    ("trainer.total_episodes", lambda t, c: t.get("max_steps", -1) > 0, "trainer.max_steps is set"),
+    ("trainer.eval_steps", lambda t, c: t.get("eval_strategy", "no") != "steps", "trainer.eval_strategy is not steps"),
+    ("trainer.eval_delay", lambda t, c: t.get("eval_strategy", "no") == "no", "trainer.eval_strategy is no"),
+    ("trainer.save_steps", lambda t, c: t.get("save_strategy", "steps") != "steps", "save_strategy is not steps"),
+    ("trainer.save_total_limit", lambda t, c: t.get("save_strategy") == "no", "trainer.save_strategy is no"),
+    ("trainer.logging_steps", lambda t, c: t.get("logging_strategy", "steps") != "steps", "logging_strategy not steps"),
+    ("trainer.warmup_steps", lambda t, c: t.get("lr_scheduler_type", "linear") == "constant",
+     "trainer.lr_scheduler_type=constant has no warm-up: constant_with_warmup has"),
+    ("trainer.per_device_eval_batch_size trainer.eval_on_start trainer.num_generations_eval samples.rows "
+     "samples.max_new_tokens samples.batch_size", lambda t, c: _evaluates_nothing(c), "dataset.eval is null"),
+    ("samples.max_new_tokens samples.batch_size", lambda t, c: c["samples"].get("rows") == 0, "samples.rows is 0"),
+    ("samples.rows samples.max_new_tokens samples.batch_size", lambda t, c: t["_target_"].endswith("RewardConfig"),
+     "a reward model writes no answers"),
+    ("trainer.hub_model_id trainer.hub_strategy trainer.hub_revision",
+     lambda t, c: not t.get("push_to_hub"), "trainer.push_to_hub is not set"),
+    ("trainer.packing_strategy", lambda t, c: not t.get("packing"), "trainer.packing is not set"),
+    ("trainer.gradient_checkpointing_kwargs", lambda t, c: t.get("gradient_checkpointing") is False,
+     "trainer.gradient_checkpointing is false"),
+    ("trainer.ref_model_mixup_alpha trainer.ref_model_sync_steps", lambda t, c: not t.get("sync_ref_model"),
+     "trainer.sync_ref_model is not set"),
+    ("trainer.precompute_ref_batch_size", lambda t, c: not t.get("precompute_ref_log_probs"),
+     "trainer.precompute_ref_log_probs is not set"),
+    ("trainer.kl_estimator", lambda t, c: t.get("kl_coef", 0.05) == 0, "trainer.kl_coef is 0"),
+    ("trainer.kl_horizon", lambda t, c: t.get("target_kl") is None, "trainer.target_kl is null"),
+    ("trainer.metric_for_best_model trainer.greater_is_better", lambda t, c: not t.get("load_best_model_at_end")
+     and t.get("save_strategy") != "best" and t.get("lr_scheduler_type") not in ("reduce_lr_on_plateau", "greedy"),
+     "trainer.load_best_model_at_end is not set"),
+    ("quantization.bnb_4bit_quant_type quantization.bnb_4bit_use_double_quant quantization.bnb_4bit_compute_dtype",
+     lambda t, c: bool(c["quantization"]) and not c["quantization"].get("load_in_4bit"), "the weights get 8 bits"),
+    ("peft.lora_dropout", lambda t, c: t["_target_"].endswith("PPOConfig"), "PPO trains without dropout"),
+    ("dataset.name dataset.revision", lambda t, c: Path(str(c["dataset"].get("path"))).expanduser().exists(),
+     "dataset.path is local"),
+    ("model.revision", lambda t, c: Path(c["model"]["name_or_path"]).expanduser().is_dir(), "the model is local"),
+]  # fmt: skip
+
+
+def find_idle(config: dict[str, Any], keys: Iterable[str]) -> list[str]:
+    """Return those of the keys that a person set which the others leave without effect, a sentence each.
+
+    Args:
+        config: Without faults.
+        keys: Dotted.
+    """
+    trainer, touched = config["trainer"], set(keys)
+    found = [
+        f"{key} has no effect: {reason}."
+        for names, is_idle, reason in IDLE
+        for key in names.split()
+        if key in touched and is_idle(trainer, config)
+    ]
+    vllm = [key for key in touched if key.startswith("trainer.vllm_") and not trainer.get("use_vllm")]
+    return found + [f"{key} has no effect: trainer.use_vllm is not set." for key in sorted(vllm)]
+
+
+def _evaluates_nothing(config: dict[str, Any]) -> bool:
+    dataset = config["dataset"]
+    return not dataset.get("eval") and not any((s or {}).get("eval") for s in (dataset.get("sources") or {}).values())
 
 
 def build(node: dict[str, Any], **fields: Any) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 CPUINFO = Path("/proc/cpuinfo")  # Linux only
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, on Linux
 
 
 def describe() -> dict[str, Any]:
@@ -104,6 +105,18 @@ def has_bf16(device: str) -> bool:
         supported = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # true for some that emulate it
         return supported and bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
     return device == "xpu"
+
+
+def memory_bytes(device: str) -> float | None:
+    """Return the memory that a process can have there: of the first device, or of the machine or its container."""
+    import torch
+
+    if device == "cuda":
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    if device != "cpu" or (gigabytes := _memory_gb()) is None:
+        return None
+    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else "max"
+    return min(gigabytes * 2**30, float(limit)) if limit.isdigit() else gigabytes * 2**30
 
 
 def cores() -> int:

@@ -83,6 +83,35 @@ def ensure_available(
         constants.HF_HUB_OFFLINE = True
 
 
+def is_off() -> bool:
+    """Tell whether the hub is switched off, or was found not to answer."""
+    from huggingface_hub import is_offline_mode
+
+    return bool(is_offline_mode())
+
+
+def ask(repo: str, *, key: str, revision: str | None, kind: str, timeout: float) -> str:
+    """Return the commit that the hub has of a repository, as ``commit abc1234``; empty where it says nothing.
+
+    Raises:
+        ConfigError: The hub says that it is missing, private or gated.
+    """
+    from huggingface_hub import HfApi, errors
+
+    api = HfApi()
+    try:
+        about = api.repo_info(repo, repo_type=kind, revision=revision, timeout=timeout)
+        if getattr(about, "gated", False):
+            api.auth_check(repo, repo_type=kind)
+    except (errors.GatedRepoError, errors.RevisionNotFoundError, errors.RepositoryNotFoundError) as error:
+        with explained(repo, key=key):
+            raise OSError(str(error).splitlines()[0]) from error
+    except Exception as error:  # noqa: BLE001  whatever its HTTP library raises: it only means that nothing is known
+        logger.warning("%s=%s: the hub could not be asked: %s", key, repo, error)
+        return ""
+    return f"commit {about.sha[:7]}" if about.sha else ""
+
+
 @contextmanager
 def explained(name: str, *, key: str) -> Iterator[None]:
     """Turn what ``from_pretrained`` raises for a model that it cannot load into a ConfigError.

@@ -8,6 +8,7 @@ Source: https://huggingface.co/docs/trl/dataset_formats
 """
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 Row = dict[str, Any]
@@ -181,6 +182,40 @@ def read_tools(row: Row) -> Row:
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise BadRow("tools", f"is {kind(value)}, not a list of tool descriptions")
     return {"tools": value} if value else {}
+
+
+def find_repeats(train: Iterable[Row], held_out: Iterable[Row]) -> dict[str, list[tuple[int, int]]]:
+    """Find rows that are there twice, but for case and spaces, by their numbers from 1.
+
+    Returns:
+        ``duplicates``: train rows, each with the first one that is the same. ``overlap``: held-out rows, each with the
+        first train row of the same prompt, or of the same text or chat where there is no prompt.
+    """
+    whole: dict[str, int] = {}
+    asked: dict[str, int] = {}
+    found: dict[str, list[tuple[int, int]]] = {"duplicates": [], "overlap": []}
+    for number, row in enumerate(train, 1):
+        first = whole.setdefault(_content(row), number)
+        asked.setdefault(_content(_question(row)), number)
+        if first != number:
+            found["duplicates"].append((number, first))
+    for number, row in enumerate(held_out, 1):
+        if (same := asked.get(_content(_question(row)))) is not None:
+            found["overlap"].append((number, same))
+    return found
+
+
+def _question(row: Row) -> Any:
+    """Return what a row asks: its prompt, a chat before its last turn, or else all of it."""
+    if row.get("prompt") is not None:
+        return row["prompt"]
+    chat = row.get("messages")
+    return chat[:-1] if chat and len(chat) > 1 else {k: v for k, v in row.items() if k in CANONICAL}
+
+
+def _content(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str).casefold()
+    return "".join(text.replace("\\n", " ").replace("\\t", " ").split())
 
 
 def _without_nulls(value: Any) -> Any:

@@ -6,6 +6,7 @@
 import logging
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from runner import (
     checkpoints,
     console,
     data,
+    estimate,
+    findings,
     hardware,
     launch,
     manifest,
@@ -50,15 +53,15 @@ def run(run_dir: Path) -> dict[str, float]:
         resumed = checkpoints.find_newest(run_dir)
         name = trainer_name(config["trainer"]["_target_"])
         reads = views.row_kind(name)
-        rows = data.load_splits(reads=reads, run_seed=config["seed"], **config["dataset"])
-        manifest.update(run_dir, data=rows.report, seed=config["seed"])
+        loaded = data.load_splits(reads=reads, run_seed=config["seed"], **config["dataset"])
+        manifest.update(run_dir, data=loaded.report, seed=config["seed"])
 
         tokenizer = models.load_tokenizer(**given(models.load_tokenizer, config["model"]))
         limits = {
             "max_length": config["trainer"].get("max_length") or config["trainer"].get("max_prompt_length"),
             "too_long": config["dataset"].get("too_long", "drop"),
         }
-        rows, audit = tokens.fit_splits(rows, tokenizer, reads=reads, trainer=name, **limits)
+        rows, audit = tokens.fit_splits(loaded, tokenizer, reads=reads, trainer=name, **limits)
         online = reads == "prompt"
         columns = set(rows.train.column_names) if online else {key for row in rows.held_out for key in row}
         scoring = trainers.load_rewards(config, columns=columns, online=online)
@@ -67,7 +70,7 @@ def run(run_dir: Path) -> dict[str, float]:
             global_batch_size=config.get("global_batch_size"),
         )  # fmt: skip
         trainers.refuse(arguments, prompts=len(rows.train), adapted=bool(config["peft"]))
-        facts = {"tokens": audit, "chosen": chosen, "untrained_rewards": scoring.untrained}
+        facts = {"chosen": chosen, "untrained_rewards": scoring.untrained, **foresee(name, loaded, audit, arguments)}
         manifest.update(run_dir, **facts, hardware=hardware.describe())
 
         model, adapter = trainers.load_model(name, tokenizer, config, arguments)
@@ -82,10 +85,19 @@ def run(run_dir: Path) -> dict[str, float]:
         metrics = trainers.train(trainer, stopping, run_dir, resumed=resumed)
         trainer.save_model(str(run_dir / "model"), _internal_call=True)  # publish uploads it
         metrics |= trainers.evaluate(trainer)
-        manifest.update(run_dir, metrics=metrics, result_sha256=models.digest_weights(run_dir / "model"))
+        facts = {"metrics": metrics, "speed": trainers.speed(trainer, metrics)}
+        manifest.update(run_dir, **facts, result_sha256=models.digest_weights(run_dir / "model"))
     if manifest.rank() == 0:
         publish(run_dir, trainer)
     return metrics
+
+
+def foresee(name: str, loaded: data.Splits, audit: dict[str, Any], arguments: Any) -> dict[str, Any]:
+    """Return what ``python -m runner.check`` says of the rows, and how long it expects the run to be."""
+    limit = getattr(arguments, "max_length", None) or getattr(arguments, "max_prompt_length", None)
+    found = [*findings.of_splits(loaded), *findings.of_tokens(audit, trainer=name, max_length=limit)]
+    plan = estimate.plan_run(name, arguments, audit=audit["train"], evaluates=loaded.eval is not None)
+    return {"tokens": audit, "findings": [asdict(one) for one in found], "plan": asdict(plan)}
 
 
 def publish(run_dir: Path, trainer: Any) -> None:

@@ -98,6 +98,7 @@ class Field:
     text: str
     owner: str
     required: bool = False
+    doc: str = ""
 
 
 # Classes that moved or went, and the versions that have them. Source: https://github.com/huggingface/trl/releases
@@ -262,7 +263,18 @@ def _fields_of(path: Path, node: ast.ClassDef) -> Iterator[tuple[str, Field]]:
             annotation = ast.unparse(statement.annotation)
             value = ast.unparse(statement.value) if statement.value else ""
             if "ClassVar" not in annotation and "init=False" not in value:
-                yield statement.target.id, Field(*_read_type(statement.annotation, path), node.name)
+                kind = _read_type(statement.annotation, path)
+                yield statement.target.id, Field(*kind, node.name, doc=_help(statement.value))
+
+
+def _help(default: ast.expr | None) -> str:
+    """Return the ``help`` of a dataclass field's metadata, where that is plain text."""
+    for found in ast.walk(default) if default else ():
+        if isinstance(found, ast.Dict):
+            for key, value in zip(found.keys, found.values, strict=True):
+                if isinstance(key, ast.Constant) and key.value == "help" and isinstance(value, ast.Constant):
+                    return str(value.value)
+    return ""
 
 
 class _Reader(ast.NodeTransformer):

@@ -70,7 +70,7 @@ def find_splits(
     if not isinstance(path, str):
         return _listed_splits([Path(entry).expanduser() for entry in path])
     found = Path(path).expanduser()
-    if not found.exists() and _may_be_hub_id(path):
+    if not found.exists() and may_be_hub_id(path):
         return _hub_splits(path, name, revision)
     if not found.exists():
         raise ConfigError(_missing(found))
@@ -203,7 +203,8 @@ def _check_suffix(path: Path) -> None:
         raise ConfigError(f"Cannot read {path}: data files end in {', '.join(SUFFIXES)}.")
 
 
-def _may_be_hub_id(path: str) -> bool:
+def may_be_hub_id(path: str) -> bool:
+    """Tell whether a path that is not there is shaped like the id of a dataset on the hub."""
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path or data_suffix(Path(path)):
         return False
     return "/" not in path or not Path(path).parent.is_dir()

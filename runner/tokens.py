@@ -2,9 +2,11 @@
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from itertools import islice
+from math import ceil, isfinite
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import ConfigError
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CHUNK_ROWS = 1_000  # tokens of so many rows are held at once
+PACKED_ROWS = 1_000  # as datasets.map batches them
 SHOWN_ROWS = 5
+FIRST_ROWS = 2
 
 Content = str | list[dict[str, Any]]  # text or messages
 
@@ -91,7 +95,9 @@ def fit_lengths(
     Returns:
         The rows that fit, and the audit: ``rows``, ``over_length`` and ``dropped`` count rows; ``truncated``,
         ``stop_token_in_loss``, ``bos``, ``double_bos`` and ``prompt_differs`` are shares of the sequences that are
-        left, ``no_supervised_token`` of all rows; quantiles are of all sequences, whole; ``tokens`` are trained on.
+        left, ``no_supervised_token`` of all rows; quantiles are of all sequences, whole; ``tokens`` are trained on
+        in an epoch, in ``sequences``, the longest of ``longest``, which fill ``packed`` ones; ``examples`` are the
+        first rows of each finding, numbered from 1, and the first and the longest that are kept.
 
     Raises:
         ConfigError: rows are too long (``fail``), none is left, the trainer cannot truncate, or the chat template
@@ -113,10 +119,32 @@ def fit_lengths(
         **_shares([counts for number in kept for counts in counted[number]], limit, reads),
         "prompt_tokens": _quantiles(counts.prompt for row in counted for counts in row),
         "completion_tokens": _quantiles(counts.total - counts.prompt for row in counted for counts in row),
+        "total_tokens": _quantiles(counts.total for row in counted for counts in row),
         "pad_is_eos": tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id,
+        "examples": _examples(counted, set(kept), limit, reads),
     }
     _warn(name, audit, f"{key}={max_length}")
     return (dataset if len(kept) == len(counted) else dataset.select(kept)), audit
+
+
+@dataclass(frozen=True)
+class Spelt:
+    """One sequence as the model reads it: token ids, those before the answer, and the texts that they spell."""
+
+    ids: list[int]
+    prompt: int
+    text: str
+    prompt_text: str  # as it is served: with the generation prompt, alone
+
+
+def spell_rows(
+    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", *, reads: str, tools: bool = True
+) -> list[list[Spelt]]:
+    """Return the sequences of each row, to be shown; arguments and errors are those of ``count_tokens``."""
+    spelt: list[list[Spelt]] = [[] for _ in rows]
+    for number, answer, (prompt_text, text), (boundary, ids) in _spell(rows, tokenizer, reads, 1, tools=tools):
+        spelt[number].append(Spelt(ids, len(ids) if answer is None else boundary, text, prompt_text))
+    return spelt
 
 
 def count_tokens(
@@ -142,20 +170,10 @@ def count_tokens(
     Raises:
         ConfigError: there is no chat template, or it refuses a row.
     """
-    pairs = [(number, *pair) for number, row in enumerate(rows) for pair in _sequences(row, reads)]
-    if not pairs:
-        return [[] for _ in rows]
-    is_chat = any(isinstance(part, list) for part in pairs[0][1:])
-    texts = [
-        _render(rows[number], prompt, answer, tokenizer, first_row + number, tools=tools)
-        if is_chat
-        else _join(prompt, answer, tokenizer)
-        for number, prompt, answer in pairs
-    ]
-    stops = _stop_tokens(tokenizer, is_chat=is_chat)
     counted: list[list[Counts]] = [[] for _ in rows]
-    encoded = _encode(texts, tokenizer, add_special_tokens=not is_chat)
-    for (number, _, answer), (prompt_text, text), (boundary, ids) in zip(pairs, texts, encoded, strict=True):
+    stops: set[int] = set()
+    for number, answer, (prompt_text, text), (boundary, ids) in _spell(rows, tokenizer, reads, first_row, tools=tools):
+        stops = stops or _stop_tokens(tokenizer, is_chat=_is_chat(rows[number], reads))
         bos = next((place for place, token in enumerate(ids) if token != tokenizer.bos_token_id), len(ids))
         counted[number].append(
             Counts(
@@ -167,6 +185,29 @@ def count_tokens(
             )
         )
     return counted
+
+
+def _is_chat(row: Row, reads: str) -> bool:
+    return any(isinstance(part, list) for part in _sequences(row, reads)[0])
+
+
+def _spell(
+    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", reads: str, first_row: int, *, tools: bool
+) -> Iterator[tuple[int, Content | None, tuple[str, str], tuple[int, list[int]]]]:
+    """Yield row, answer, (prompt, whole) as text, and (first token of the answer, ids) of every sequence."""
+    pairs = [(number, *pair) for number, row in enumerate(rows) for pair in _sequences(row, reads)]
+    if not pairs:
+        return
+    is_chat = _is_chat(rows[pairs[0][0]], reads)
+    texts = [
+        _render(rows[number], prompt, answer, tokenizer, first_row + number, tools=tools)
+        if is_chat
+        else _join(prompt, answer, tokenizer)
+        for number, prompt, answer in pairs
+    ]
+    encoded = _encode(texts, tokenizer, add_special_tokens=not is_chat)
+    for (number, _, answer), text, ids in zip(pairs, texts, encoded, strict=True):
+        yield number, answer, text, ids
 
 
 # ---------------------------------------------------------------- rows to text
@@ -309,12 +350,49 @@ def _shares(sequences: Sequence[Counts], limit: float, reads: str) -> dict[str, 
         "stop_token_in_loss": share(counts.stops and counts.total <= limit for counts in sequences),
         "prompt_differs": share(counts.differs for counts in sequences),
     }
+    lengths = [int(min(counts.total, limit)) for counts in sequences]
     return {
         **(learns if reads != "prompt" else {}),
         "bos": share(counts.bos > 0 for counts in sequences),
         "double_bos": share(counts.bos > 1 for counts in sequences),
-        "tokens": int(sum(min(counts.total, limit) for counts in sequences)),
+        "sequences": len(sequences),
+        "tokens": sum(lengths),
+        "longest": max(lengths),
+        **({"packed": pack(lengths, int(limit))} if reads == "sft" and isfinite(limit) else {}),
     }
+
+
+def pack(lengths: Sequence[int], size: int) -> int:
+    """Return how many sequences of ``size`` tokens hold these, the longest first, each where it fits best.
+
+    TRL does so with a thousand rows at a time.   Source: trl 1.16, trl/data_utils.py, ``_pack_bfd``
+    """
+    filled = 0
+    for start in range(0, len(lengths), PACKED_ROWS):
+        room: list[int] = []  # left in each sequence, ascending
+        for length in sorted(lengths[start : start + PACKED_ROWS], reverse=True):
+            place = bisect_left(room, length)
+            insort(room, (room.pop(place) if place < len(room) else size) - length)
+        filled += len(room)
+    return filled
+
+
+def _examples(counted: Sequence[Sequence[Counts]], kept: set[int], limit: float, reads: str) -> dict[str, list[int]]:
+    """Return the numbers of the first rows, from 1, that each finding is about."""
+    signs: dict[str, Callable[[Counts], bool]] = {
+        "over_length": lambda counts: counts.total > limit,
+        "no_supervised_token": lambda counts: reads != "prompt" and counts.total > limit <= counts.prompt,
+        "double_bos": lambda counts: counts.bos > 1,
+        "prompt_differs": lambda counts: counts.differs,
+        "no_stop_token": lambda counts: reads != "prompt" and not counts.stops,
+    }
+    found = {
+        name: list(islice((n + 1 for n, row in enumerate(counted) if any(map(sign, row))), SHOWN_ROWS))
+        for name, sign in signs.items()
+    }
+    longest = max(kept, key=lambda n: (max(counts.total for counts in counted[n]), -n))
+    first = [n + 1 for n in sorted(kept)[:FIRST_ROWS]]
+    return {name: rows for name, rows in found.items() if rows} | {"first": first, "longest": [longest + 1]}
 
 
 def _quantiles(lengths: Iterable[int]) -> dict[str, int]:

@@ -316,6 +316,19 @@ def train(trainer: Any, stopping: Any, run_dir: Path, *, resumed: Path | None) -
     return {key: logged.get(key, value) for key, value in result.metrics.items()}
 
 
+def speed(trainer: Any, metrics: dict[str, float]) -> dict[str, float | None]:
+    """Return the seconds of an optimizer step and the tokens in a second; None where they were not counted.
+
+    Evaluations during the training are in it, as they are in ``train_runtime``.
+    """
+    seconds, steps = metrics.get("train_runtime"), metrics.get("train_steps_per_second")
+    tokens = next((log["num_tokens"] for log in reversed(trainer.state.log_history) if "num_tokens" in log), None)
+    return {
+        "seconds_per_step": 1 / steps if steps else None,
+        "tokens_per_second": tokens / seconds if tokens and seconds else None,
+    }
+
+
 def evaluate(trainer: Any) -> dict[str, float]:
     """Return the metrics on held-out rows at the end; what the last step computed already is not computed again."""
     if trainer.eval_dataset is None:

@@ -23,10 +23,21 @@ IMPORTS = {
     "resume": {"config", "errors", "manifest", "redaction", "safety"},
     "freeze": {"compose", "config", "errors", "manifest", "resume"},
     "replay": {"__main__", "compose", "errors", "manifest", "safety"},
+    "check": {"checkup", "compose", "config", "editor", "errors", "exhibit", "findings", "preview", "prospect",
+              "reach"},
+    "checkup": {"compose", "config", "findings", "views"},
+    "exhibit": {"checkup", "config", "data", "findings", "models", "preview", "rewards", "rows", "tokens", "trainers"},
+    "prospect": {"adapters", "callbacks", "checkup", "config", "estimate", "findings", "hardware", "models", "reach",
+                 "skeleton", "tokens", "trainers"},
+    "preview": {"errors", "tokens"},
+    "reach": {"embedded", "errors", "hub", "splits"},
+    "skeleton": {"adapters", "errors", "estimate", "hardware", "hub", "models"},
+    "editor": {"config", "errors", "schema"},
     "compose": {"config", "errors", "safety"},
     "config": {"errors", "formats", "schema", "views"},
-    "run": {"card", "checkpoints", "config", "console", "data", "errors", "hardware", "launch", "manifest", "models",
-            "preemption", "report", "tokens", "trainers", "views"},
+    "run": {"card", "checkpoints", "config", "console", "data", "errors", "estimate", "findings", "hardware", "launch",
+            "manifest", "models", "preemption", "report", "tokens", "trainers", "views"},
+    "findings": {"rows"},
     "trainers": {"adapters", "callbacks", "checkpoints", "config", "errors", "evaluation", "hardware", "lm_head",
                  "models", "rewards"},
     "ppo": {"actor_critic", "errors", "rl_math", "roles", "rollout", "sampling"},
@@ -86,7 +97,7 @@ def lines_of_code(path):
 
 
 def test_the_library_stays_small():
-    assert sum(map(lines_of_code, SOURCES)) < 7250
+    assert sum(map(lines_of_code, SOURCES)) < 8700
 
 
 def test_run_is_a_table_of_contents():
@@ -104,7 +115,20 @@ def test_run_is_a_table_of_contents():
 
 
 @pytest.mark.parametrize(
-    "module", ["__main__", "compose", "config", "schema", "safety", "errors", "formats", "rewards"]
+    "module",
+    [
+        "__main__",
+        "check",
+        "compose",
+        "config",
+        "editor",
+        "estimate",
+        "schema",
+        "safety",
+        "errors",
+        "formats",
+        "rewards",
+    ],
 )
 def test_what_runs_before_the_checks_imports_no_heavy_library(module):
     code = (

@@ -103,8 +103,14 @@ def test_later_epochs_keep_their_order(trainer, llama_dir, tmp_path, monkeypatch
     assert logged(tmp_path / "parts") == logged(whole)
 
 
-def test_a_run_that_is_killed_after_its_last_step_takes_no_other(llama_dir, tmp_path, monkeypatch):
-    options = [*long("sft"), f"model.name_or_path={llama_dir}", "trainer.lr_scheduler_type=constant"]
+@pytest.mark.parametrize("trainer", ["sft", "reward", "grpo"])
+def test_a_run_that_is_killed_after_its_last_step_takes_no_other(trainer, llama_dir, tmp_path, monkeypatch):
+    options = [
+        *long(trainer),
+        f"model.name_or_path={llama_dir}",
+        "trainer.lr_scheduler_type=constant",
+        "trainer.logging_steps=4",  # so that there is something left to log
+    ]
     whole, _ = start(tmp_path, *options, name="whole")
 
     def killed(*args):

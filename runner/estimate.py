@@ -1,0 +1,301 @@
+"""What a run will take, before it runs: its steps and tokens, and the memory of its largest moment. Pure.
+
+Bytes are those of one process. B sequences of a forward pass, L tokens of the longest, V entries of the vocabulary.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+PROCESS = 610e6  # bytes of Python and its libraries, a tokenizer and rows, before any weights; measured on a CPU
+CONTEXT = 500e6  # bytes that a CUDA context holds beside the tensors
+VOCABULARY_TILE, TOKEN_TILE = 32_768, 4_096  # of TRL's LM head.   Source: trl 1.16, trl/kernels/chunked_logprob.py
+PPO_CELLS = 1 << 26  # logits that PPO holds at a time: actor_critic.HEAD_CELLS
+
+# Bytes of optimizer state per trained number; every other optimizer of transformers keeps Adam's two floats.
+STATES = {"sgd": 0, "adafactor": 0.1, "adagrad": 4, "rmsprop": 4, "lion_32bit": 4, "paged_lion_32bit": 4}
+EIGHT_BIT = 2  # both moments, a byte each
+SAMPLER_COPIES = 4  # of the next token's logits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is.
+
+    Attributes:
+        steps: optimizer steps.
+        epochs: passes over the rows.
+        sequences: read in an optimizer step.
+        tokens_per_step: on average; of an online trainer prompt and the longest answer, which is a bound.
+        tokens: in all.
+        evaluations: before, during and after training.
+        checkpoints: that are written; ``save_total_limit`` of them stay.
+    """
+
+    steps: int
+    epochs: float
+    sequences: int
+    tokens_per_step: float
+    tokens: float
+    evaluations: int
+    checkpoints: int
+
+
+def plan_run(trainer: str, arguments: Any, *, audit: dict[str, Any], evaluates: bool) -> Plan:
+    """Return how long a run is, as transformers, TRL and our PPO will count.
+
+    Args:
+        trainer: its short name, such as ``dpo``.
+        arguments: of the trainer.
+        audit: of the train rows, see ``tokens.fit_lengths``.
+        evaluates: whether there are held-out rows.
+
+    Source: transformers 5.23, Trainer.set_initial_training_values and DefaultFlowCallback; trl 1.16, RepeatSampler
+    """
+    per_epoch, sequences = _steps_per_epoch(trainer, arguments, audit)
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
+    length = audit["tokens"] / audit["sequences"]
+    if audit.get("packed") and getattr(arguments, "packing", False):
+        length = audit["tokens"] / audit["packed"]
+    if online := _samples(arguments):
+        length += arguments.max_completion_length or 0
+    sides = 1 if online else audit["sequences"] / (audit["rows"] - audit["dropped"])
+    return Plan(
+        steps=steps,
+        epochs=steps / per_epoch,
+        sequences=sequences,
+        tokens_per_step=sequences * sides * length,
+        tokens=steps * sequences * sides * length,
+        evaluations=_evaluations(arguments, steps, per_epoch) if evaluates else 0,
+        checkpoints=_times(arguments.save_strategy, arguments.save_steps, steps, per_epoch),
+    )
+
+
+def _samples(arguments: Any) -> bool:
+    """Tell whether a trainer answers its prompts itself."""
+    return hasattr(arguments, "steps_per_generation") or hasattr(arguments, "rollout_rows")
+
+
+def _steps_per_epoch(trainer: str, arguments: Any, audit: dict[str, Any]) -> tuple[int, int]:
+    """Return the optimizer steps of an epoch, and the rows or answers that each reads."""
+    rows = audit["rows"] - audit["dropped"]
+    micro = arguments.per_device_train_batch_size * arguments.world_size
+    accumulated = arguments.gradient_accumulation_steps
+    if trainer == "ppo":
+        return max(1, rows // arguments.rollout_rows * arguments.steps_per_rollout), arguments.mini_batch_rows
+    if hasattr(arguments, "steps_per_generation"):
+        groups = arguments.generation_batch_size // arguments.num_generations
+        batches = rows // groups * arguments.steps_per_generation * getattr(arguments, "num_iterations", 1)
+    else:
+        rows = audit["packed"] if getattr(arguments, "packing", False) else rows
+        batches = rows // micro if arguments.dataloader_drop_last else math.ceil(rows / micro)
+    return max(1, math.ceil(batches / accumulated)), micro * accumulated
+
+
+def _times(strategy: Any, every: float | None, steps: int, per_epoch: int) -> int:
+    """Count how often something is done that is also done at the end of training."""
+    strategy = str(getattr(strategy, "value", strategy))
+    if strategy == "steps" and every:
+        return math.ceil(steps / (every if every >= 1 else math.ceil(steps * every)))
+    return math.ceil(steps / per_epoch) if strategy == "epoch" else 0
+
+
+def _evaluations(arguments: Any, steps: int, per_epoch: int) -> int:
+    during = _times(arguments.eval_strategy, arguments.eval_steps, steps, per_epoch)
+    return int(arguments.eval_on_start) + max(1, during)  # the last one is done in any case
+
+
+# ---------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a model that is to be trained is made of; numbers, and bytes where it says so.
+
+    Attributes:
+        parameters: of policy, adapters and value function.
+        trainable: those that train; their gradients and what the optimizer keeps are float32.
+        by_module: of the trainable ones, by the type of module.
+        weights: bytes of all of them, as loaded.
+        loading: bytes that loading takes beside them and does not give back.
+        kept: bytes that a forward pass holds for the backward pass, by token, with what is lost between them.
+        kept_checkpointed: the same where activations are recomputed: every layer's input, and one layer.
+        cache: bytes of a token's keys and values.
+        vocabulary: entries.
+        head: of the output layer where it trains; its gradient is there from the start of the backward pass.
+        context: tokens that the model can read; 0 where it does not say.
+    """
+
+    parameters: int
+    trainable: int
+    by_module: dict[str, int]
+    weights: float
+    loading: float
+    kept: float
+    kept_checkpointed: float
+    cache: float
+    vocabulary: int
+    head: int
+    context: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """The largest moment of a training.
+
+    Attributes:
+        trainer: its short name.
+        sequences: in a forward pass that has a backward pass.
+        length: tokens of the longest, to which all are padded.
+        scored: tokens of these sequences that meet the output layer.
+        optimizer: as in ``trainer.optim``.
+        checkpointing: whether activations are recomputed.
+        accumulates: whether gradients are held through several passes.
+        sampled: answers that are sampled at a time, 0 for none.
+        sampled_length: tokens of their prompts and the longest answer.
+        copies: bytes of further models: a reference, rewards.
+        graphs: passes whose activations are held at a time.
+        cuda: whether it runs there, where Triton's kernels score tokens in place.
+    """
+
+    trainer: str
+    sequences: int
+    length: float
+    scored: float
+    optimizer: str = "adamw_torch_fused"
+    checkpointing: bool = False
+    accumulates: bool = False
+    sampled: int = 0
+    sampled_length: float = 0
+    copies: float = 0
+    graphs: int = 1
+    cuda: bool = False
+
+
+def work_of(
+    trainer: str, arguments: Any, *, audit: dict[str, Any], samples: dict[str, int], held_out: int, copies: float
+) -> Work:
+    """Return the largest moment of a training: the longest row's batch, or the sampling of answers.
+
+    Args:
+        trainer: its short name.
+        arguments: of the trainer.
+        audit: of the train rows, see ``tokens.fit_lengths``.
+        samples: the config's node, of answers to held-out prompts.
+        held_out: rows whose prompts are answered.
+        copies: bytes of further models.
+    """
+    batch, accumulated = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+    prompt = audit["prompt_tokens"]
+    answers = min(samples["batch_size"], samples["rows"], held_out) if trainer != "reward" else 0
+    sampled, sampled_length = answers, prompt["p99"] + samples["max_new_tokens"]
+    sides = 2 if trainer in ("dpo", "reward", "orpo", "cpo") else 1
+    sequences, length = sides * batch, audit["longest"]
+    scored = min(sequences * audit["completion_tokens"]["p90"], sequences * length)
+    graphs = 1
+    if _samples(arguments):
+        answer = arguments.max_completion_length or 0
+        length = audit["longest"] + answer
+        scored = batch * answer
+        if trainer == "ppo":
+            many, whole = arguments.rollout_forward_batch_size, accumulated == arguments.num_mini_batches == 1
+            graphs = 2 if whole and arguments.use_cpu else 1
+        else:
+            many = batch * arguments.steps_per_generation
+        sampled, sampled_length = max(sampled, many), max(sampled_length, length)
+    elif getattr(arguments, "packing", False):
+        length = arguments.max_length
+        scored = batch * length
+    return Work(
+        trainer=trainer,
+        sequences=sequences,
+        length=length,
+        scored=scored,
+        optimizer=str(getattr(arguments.optim, "value", arguments.optim)),
+        checkpointing=bool(arguments.gradient_checkpointing),
+        accumulates=accumulated > 1,
+        sampled=sampled,
+        sampled_length=sampled_length,
+        copies=copies,
+        graphs=graphs,
+        cuda=not arguments.use_cpu,
+    )
+
+
+def estimate_memory(model: Model, work: Work) -> dict[str, int]:
+    """Return the bytes of each part, and ``peak``, what is held at the worst moment.
+
+    The parts are not all held at once: activations go as gradients come, and sampling happens between steps.
+    """
+    kept = model.kept_checkpointed if work.checkpointing else model.kept
+    parts = {
+        "process": CONTEXT if work.cuda else PROCESS,
+        "weights": model.weights + model.loading,
+        "gradients": 4 * model.trainable,
+        "optimizer": _states(work.optimizer) * model.trainable,
+        "activations": kept * work.sequences * work.length * work.graphs,
+        "logits": _logits(model, work),
+        "sampling": work.sampled * (model.cache * work.sampled_length + SAMPLER_COPIES * 4 * model.vocabulary),
+        "other models": work.copies,
+    }
+    always = parts["process"] + parts["weights"] + parts["optimizer"] + parts["other models"]
+    forward = parts["activations"] + parts["logits"] + 4 * (model.trainable if work.accumulates else model.head)
+    peak = always + max(forward, parts["gradients"], parts["sampling"])
+    return {name: round(size) for name, size in {**parts, "peak": peak}.items()}
+
+
+def checkpoint_bytes(model: Model, optimizer: str) -> int:
+    """Return the bytes of a checkpoint: what trains, and what the optimizer keeps."""
+    return round((4 + _states(optimizer)) * model.trainable)
+
+
+def nearest_fit(model: Model, work: Work, limit: float) -> str | None:
+    """Return what to type so that a training fits into ``limit`` bytes, the cheapest first; None if nothing helps."""
+    typed: dict[str, str] = {}
+    if not work.checkpointing:
+        typed["trainer.gradient_checkpointing"], work = "true", replace(work, checkpointing=True)
+        if estimate_memory(model, work)["peak"] <= limit:
+            return _typed(typed)
+    sides = 2 if work.trainer in ("dpo", "reward", "orpo", "cpo") else 1
+    times = 1
+    while work.sequences // sides > 1:
+        work = replace(work, sequences=work.sequences // 2, scored=work.scored / 2, accumulates=True)
+        times *= 2
+        typed["trainer.per_device_train_batch_size"] = str(work.sequences // sides)
+        typed["trainer.gradient_accumulation_steps"] = f"{times} times what it is"
+        if estimate_memory(model, work)["peak"] <= limit:
+            return _typed(typed)
+    if model.trainable == model.parameters:
+        few = round(0.03 * model.parameters)
+        typed["peft"] = "lora"
+        model, work = replace(model, trainable=few, head=0), replace(work, copies=0)
+        if estimate_memory(model, work)["peak"] <= limit:
+            return _typed(typed)
+    if work.cuda and model.weights > 1.5 * model.parameters:
+        typed["quantization"] = "nf4"
+        if estimate_memory(replace(model, weights=0.6 * model.parameters), work)["peak"] <= limit:
+            return _typed(typed)
+    return None
+
+
+def _typed(words: dict[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in words.items())
+
+
+def _states(optimizer: str) -> float:
+    """Return the bytes that an optimizer keeps of each number."""
+    if optimizer.endswith("8bit"):
+        return EIGHT_BIT
+    return next((size for name, size in STATES.items() if optimizer.startswith(name)), 8.0)
+
+
+def _logits(model: Model, work: Work) -> float:
+    """Return the bytes of what is made of the last layer's output to score tokens."""
+    if work.trainer == "reward":
+        return 0
+    if work.trainer == "ppo":
+        return 4 * min(work.scored * model.vocabulary, PPO_CELLS) * 5  # logits, gradients, what entropy is made of
+    if work.trainer in ("orpo", "cpo"):
+        return 4 * work.sequences * work.length * model.vocabulary * 3
+    cells = min(work.scored, TOKEN_TILE) * min(model.vocabulary, VOCABULARY_TILE)
+    return 4 * cells * (1.5 if work.cuda else 8)  # in plain torch: scores, scaled, shifted, and their gradients

@@ -1,0 +1,239 @@
+"""The model, the length and the memory of a run that is checked; and a first step, where it is asked for."""
+
+import copy
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from runner import adapters, estimate, hardware, models, reach, skeleton, trainers
+from runner.callbacks import duration
+from runner.checkup import Check, Passed, need, say, size, table
+from runner.config import build, given
+from runner.findings import Finding, percent
+
+
+def check_model(done: Check) -> dict[str, Any]:
+    """Count the model, its adapter and its value function on the meta device."""
+    need(done, "model.")
+    if done.arguments is None:
+        raise Passed("it needs rows and a tokenizer")
+    config, arguments = done.config, done.arguments
+    adapter = adapters.peft_for(build(config["peft"]), trainer=done.trainer) if config["peft"] else None
+    device = hardware.device_type(use_cpu=arguments.use_cpu)
+    frozen = bool(config["peft"]) or bool(config["quantization"])
+    dtype = hardware.weights_dtype(config["model"].get("dtype", "auto"), frozen=frozen, device=device)
+    model = skeleton.build(
+        config["model"], tokenizer=done.tokenizer, adapter=adapter, classifier=done.trainer == "reward", dtype=dtype
+    )
+    train = {"audit": done.audit["train"], "samples": config["samples"], "held_out": 0, "copies": 0}
+    work = estimate.work_of(done.trainer, arguments, **train)
+    shape = {"sequences": work.sequences, "length": max(2, round(work.length))}
+    found = skeleton.measure(model, quantization=config["quantization"] or None, arguments=arguments, **shape)
+    base = found
+    if done.trainer == "ppo":
+        found = _with_value_function(done, found, model, shape)
+    done.model, done.copies = found, _copies(done, base, adapter)
+    share = found.trainable / found.parameters
+    table({
+        "parameters": f"{found.parameters:,}, weights {size(found.weights)}",
+        "trainable": f"{found.trainable:,}, {percent(share)}",
+        **{f"  {module}": f"{count:,}" for module, count in found.by_module.items()},
+        **{name: size(held) for name, held in done.copies.items()},
+    })  # fmt: skip
+    if found.context and work.length > found.context:
+        text = f"sequences of {work.length:.0f} tokens are longer than the model's context of {found.context}."
+        done.add(Finding("context", text))
+    return {**asdict(found), "further_models": done.copies}
+
+
+def _with_value_function(done: Check, policy: estimate.Model, model: Any, shape: dict[str, int]) -> estimate.Model:
+    mode = done.config["trainer"].get("value_mode") or ("adapter" if done.config["peft"] else "separate")
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    value = None
+    if mode == "separate":
+        node = done.config.get("value_model") or _like_policy(done) or done.config["model"]
+        own = skeleton.build(node, tokenizer=done.tokenizer, classifier=True)
+        value = skeleton.measure(own, quantization=None, arguments=done.arguments, **shape)
+    return skeleton.with_value_function(policy, mode, base.config.get_text_config().hidden_size, value)
+
+
+def _like_policy(done: Check) -> dict[str, Any] | None:
+    """Return the reward model that a value model would be copied from: one of the policy's vocabulary."""
+    for key, node in reach.reward_models(done.config["reward"]).items():
+        if f"{key}.name_or_path" not in done.absent:
+            tokenizer = models.load_tokenizer(**given(models.load_tokenizer, node))
+            if tokenizer.get_vocab() == done.tokenizer.get_vocab():
+                return node
+    return None
+
+
+def _copies(done: Check, policy: estimate.Model, adapter: Any) -> dict[str, float]:
+    """Return the bytes of models beside the one that trains: a reference, rewards."""
+    arguments, found = done.arguments, {}
+    pulls = getattr(arguments, "beta", 0) if done.trainer != "ppo" else arguments.needs_reference
+    precomputed = getattr(arguments, "precompute_ref_log_probs", False)
+    if adapter is None and pulls and not precomputed and done.trainer in ("dpo", "kto", "grpo", "rloo", "ppo"):
+        found["reference"] = policy.weights
+    nodes = reach.reward_models(done.config["reward"]) if done.reads == "prompt" else {}
+    for key, node in nodes.items():
+        if f"{key}.name_or_path" in done.absent:
+            say(f"  {key} is not counted: it is not here")
+            continue
+        tokenizer = models.load_tokenizer(**given(models.load_tokenizer, node))
+        judge = skeleton.build(node, tokenizer=tokenizer, classifier=True)
+        found[key] = 4.0 * sum(parameter.numel() for parameter in judge.parameters())
+    return found
+
+
+def check_plan(done: Check) -> dict[str, Any]:
+    """Count steps, tokens, evaluations and checkpoints."""
+    if done.arguments is None:
+        raise Passed("it needs rows and a tokenizer")
+    arguments, train = done.arguments, done.audit["train"]
+    prompts = train["rows"] - train["dropped"]
+    trainers.refuse(arguments, prompts=prompts, adapted=bool(done.config["peft"]))
+    plan = done.plan = estimate.plan_run(done.trainer, arguments, audit=train, evaluates=done.rows.eval is not None)
+    online = done.reads == "prompt"
+    most = "at most " if online else ""
+    what = "answers" if online else "packed sequences" if getattr(arguments, "packing", False) else "rows"
+    limit = done.config["trainer"].get("save_total_limit")
+    stay = plan.checkpoints if limit is None else min(limit, plan.checkpoints)
+    held = estimate.checkpoint_bytes(done.model, arguments.optim) if done.model else 0
+    each = f", {size(held)} each" if held else ""
+    table({
+        "steps": f"{plan.steps} optimizer steps, {plan.epochs:.3g} epochs",
+        "per step": f"{plan.sequences} {what}, {most}{plan.tokens_per_step:,.0f} tokens on average",
+        "in all": f"{most}{plan.tokens:,.0f} tokens",
+        "evaluations": plan.evaluations,
+        "checkpoints": f"{plan.checkpoints}, of which {stay} stay{each}",
+    })  # fmt: skip
+    if plan.sequences > prompts and not online:
+        done.add(
+            Finding("few_rows", f"a step reads {plan.sequences} rows and there are {prompts}: an epoch is one step.")
+        )
+    free, wanted = done.facts.get("reach", {}).get("free_bytes"), (stay + 1) * held  # one more, before the oldest goes
+    if free is not None and wanted > free:
+        text = f"{stay + 1} checkpoints take {size(wanted)} in {done.composed.run_dir}, and {size(free)} are free. "
+        text += "Type another output_dir=..., or a smaller trainer.save_total_limit=..."
+        done.add(Finding("disk", text))
+    return {**asdict(plan), "checkpoint_bytes": held}
+
+
+def check_memory(done: Check) -> dict[str, Any]:
+    """Estimate what one process holds at its worst moment, and whether the device has it."""
+    if done.model is None or done.plan is None:
+        raise Passed("it needs rows, a tokenizer and the model's config")
+    device = hardware.device_type(use_cpu=done.arguments.use_cpu)
+    work = estimate.work_of(
+        done.trainer,
+        done.arguments,
+        audit=done.audit["train"],
+        samples=done.config["samples"],
+        held_out=len(done.rows.held_out),
+        copies=sum(done.copies.values()),
+    )
+    parts = estimate.estimate_memory(done.model, work)
+    table({name: size(held) for name, held in parts.items() if held and name != "peak"})
+    there = hardware.memory_bytes(device)
+    say(f"  peak, about {size(parts['peak'])}" + (f" of {size(there)} ({device})" if there else ""))
+    if there and parts["peak"] > there:
+        change = estimate.nearest_fit(done.model, work, there)
+        hint = (
+            f"This would fit: {change}" if change else "Choose a smaller model, or shorter rows (trainer.max_length)."
+        )
+        text = f"a process needs about {size(parts['peak'])}, and {device} has {size(there)}. {hint}"
+        done.add(Finding("memory", text))
+    return {**parts, "device": device, "device_bytes": there}
+
+
+def probe(done: Check) -> dict[str, Any]:
+    """Take optimizer steps on the longest rows and one evaluation step, with the weights.
+
+    Of each two, of PPO two rollouts, the second is timed: the first also pays for what is done once.
+    """
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    if done.plan is None or done.failed:
+        raise Passed("there is something to correct first")
+    config, plan = copy.deepcopy(done.config), done.plan
+    steps = getattr(done.arguments, "steps_per_rollout", 1)
+    quiet = {
+        "max_steps": 2 * steps,
+        "save_strategy": "no",
+        "eval_on_start": False,
+        "report_to": "none",
+        "push_to_hub": False,
+    }
+    config["trainer"] |= {**quiet, "eval_strategy": "no"} | ({"total_episodes": None} if done.trainer == "ppo" else {})
+    rows = _longest(done, plan.sequences)
+    held_out = (
+        done.rows.eval.select(range(min(len(done.rows.eval), done.arguments.per_device_eval_batch_size)))
+        if done.rows.eval is not None
+        else None
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        arguments, _ = trainers.build_arguments(config["trainer"], folder, evaluates=held_out is not None)
+        online = done.reads == "prompt"
+        scoring = trainers.load_rewards(config, columns=set(rows.column_names), online=online)
+        model, adapter = trainers.load_model(done.trainer, done.tokenizer, config, arguments)
+        parts = {"adapter": adapter, "arguments": arguments, "tokenizer": done.tokenizer, "scoring": scoring}
+        trainer = trainers.build_trainer(config, model=model, train=rows, held_out=held_out, run_dir=folder, **parts)
+        clock = _Clock()
+        trainer.add_callback(clock)
+        trainer.train()
+        step, evaluation = (clock.ends[-1] - clock.ends[steps - 1]) / steps, 0.0
+        for _ in range(2 if held_out is not None else 0):
+            start = time.monotonic()
+            trainer.evaluate()
+            evaluation = time.monotonic() - start
+    peak = _peak()
+    whole = plan.steps * step
+    table({
+        "a step": f"{step:.2f} s, on the longest rows",
+        "an evaluation step": f"{evaluation:.2f} s" if held_out is not None else "none",
+        "peak": f"{size(peak)}, estimated {size(done.facts['memory']['peak'])}",
+        "the whole": f"at most about {duration(whole)}, without evaluations",
+    })  # fmt: skip
+    return {"step_seconds": step, "evaluation_seconds": evaluation, "peak_bytes": peak, "training_seconds": whole}
+
+
+class _Clock(TrainerCallback):
+    """Notes when optimizer steps end."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Note the time."""
+        self.ends.append(time.monotonic())
+
+
+def _longest(done: Check, count: int) -> Any:
+    """Return as many of the longest rows as a step reads, or a rollout of PPO."""
+    from runner.tokens import count_tokens
+
+    count = getattr(done.arguments, "rollout_rows", count)
+    train = done.rows.train
+    counted = count_tokens(train.to_list(), done.tokenizer, reads=done.reads)
+    order = sorted(range(len(train)), key=lambda row: -max(one.total for one in counted[row]))
+    return train.select(order[:count])
+
+
+def _peak() -> int:
+    """Return the most bytes that were held: on the device, or else in this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,197 @@
+"""A model without its weights: what it is made of, counted on the meta device, and what a backward pass would keep."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from runner import adapters, hardware, hub, models
+from runner.errors import ConfigError
+from runner.estimate import Model
+
+NF4_BITS, INT8_BITS = 4.13, 8.02  # a number with its share of the scales (doubly quantized ones, of blocks of 64)
+# Measured on Linux with a 135M model, in float32. Where weights are quantized on a CPU, the file that they come from
+# stays mapped. What a forward pass keeps lies between what it frees, in pieces that glibc takes from one heap, where
+# holes stay; larger pieces are mapped one by one.   Source: mallopt(3), M_MMAP_THRESHOLD
+HEAP_PIECE, HOLES = 32 * 2**20, 1.75
+
+logger = logging.getLogger(__name__)
+
+
+def build(node: dict[str, Any], *, tokenizer: Any, adapter: Any = None, classifier: bool = False,
+          dtype: str = "float32") -> Any:  # fmt: skip
+    """Return a model on the meta device, from its config alone, with its adapter.
+
+    Args:
+        node: the model's config node.
+        tokenizer: of the model; its embedding grows to it.
+        adapter: an adapter's config for it, or None.
+        classifier: whether it gives a score instead of text.
+        dtype: of its weights.
+
+    Raises:
+        ConfigError: its config cannot be read, or the adapter does not fit.
+    """
+    from peft import PeftConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.utils import find_adapter_config_file
+
+    path, revision = models.local_path(node["name_or_path"]), node.get("revision")
+    trust = bool(node.get("trust_remote_code"))
+    hub.ensure_available(path, key=models.KEY, revision=revision)
+    with hub.explained(path, key=models.KEY):
+        if find_adapter_config_file(path, revision=revision):  # the run merges it into its base
+            base = PeftConfig.from_pretrained(path, revision=revision)
+            path, revision = models.local_path(str(base.base_model_name_or_path)), base.revision
+        labels = {"num_labels": 1} if classifier else {}
+        config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=trust, **labels)
+        auto: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+        attention = {"attn_implementation": node.get("attn_implementation")}
+        with torch.device("meta"):
+            model = auto.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust, **attention)
+            models.fit_embedding(model, tokenizer)
+    if adapter is None:
+        return model
+    adapters.check_adapter(model, adapter)
+    try:
+        with torch.device("meta"):
+            return get_peft_model(model, adapter)
+    except ValueError as error:
+        raise ConfigError(f"{type(adapter).__name__} does not fit {config.model_type}: {error}") from error
+
+
+def measure(model: Any, *, sequences: int, length: int, quantization: dict[str, Any] | None, arguments: Any) -> Model:
+    """Count a model of ``build``.
+
+    Args:
+        model: on the meta device.
+        sequences: of a forward pass.
+        length: their tokens.
+        quantization: the config node of the frozen weights, or None.
+        arguments: of the trainer, for precision.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config, output = base.config.get_text_config(), base.get_output_embeddings()
+    size = base.dtype.itemsize
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    quantized = {id(module.weight) for module in _linear(base)} if quantization else set()
+    bits = NF4_BITS if (quantization or {}).get("load_in_4bit") else INT8_BITS
+    weights = sum(
+        bits / 8 * p.numel() if id(p) in quantized else 4 * p.numel() if quantization else p.numel() * p.dtype.itemsize
+        for p in model.parameters()
+    )
+    heads = config.num_attention_heads
+    width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * (
+        getattr(config, "num_key_value_heads", None) or heads
+    )
+    kept = _kept(model, base, sequences, length, arguments)
+    layers = config.num_hidden_layers
+    half = 2 if arguments.bf16 or arguments.fp16 else 4
+    return Model(
+        parameters=sum(p.numel() for p in model.parameters()),
+        trainable=sum(p.numel() for p in trainable),
+        by_module=_by_module(model, base),
+        weights=weights,
+        loading=4 * sum(p.numel() for p in base.parameters()) if quantization and arguments.use_cpu else 0,
+        kept=kept,
+        kept_checkpointed=4 * config.hidden_size * layers + kept / layers,
+        cache=2 * width * layers * min(size, half),
+        vocabulary=config.vocab_size,
+        head=output.weight.numel() if output is not None and output.weight.requires_grad else 0,
+        context=getattr(config, "max_position_embeddings", None) or 0,
+    )
+
+
+def with_value_function(found: Model, mode: str, hidden: int, value: Model | None) -> Model:
+    """Add PPO's value function to a policy.
+
+    Args:
+        found: the policy.
+        mode: ``shared``, ``adapter`` or ``separate``.
+        hidden: size of the policy's layers, which a head reads.
+        value: the model of ``separate``.
+    """
+    if value is not None:
+        more, bytes_more = value.parameters, 4 * value.parameters
+    else:
+        more = hidden + 1 + (found.trainable if mode == "adapter" else 0)
+        bytes_more = 4 * more
+    return replace(
+        found,
+        parameters=found.parameters + more,
+        trainable=found.trainable + more,
+        by_module={**found.by_module, "value function": more},
+        weights=found.weights + bytes_more,
+    )
+
+
+def _linear(base: Any) -> Iterator[Any]:
+    """Yield the layers that bitsandbytes quantizes."""
+    spared = {base.get_output_embeddings(), getattr(base, "score", None)}
+    yield from (m for m in base.modules() if isinstance(m, nn.Linear) and m not in spared and "lora" not in str(m))
+
+
+def _by_module(model: Any, base: Any) -> dict[str, int]:
+    """Count what trains by the last name of the module that it is in or beside, such as ``q_proj``."""
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            words = name.removeprefix("base_model.model.").split(".")[:-1]
+            words = [word for word in words if not word.isdigit() and word not in ("default", "base_layer")]
+            inner = [word for word in words if not word.startswith(ADAPTED)]
+            counts[(inner or words)[-1]] += parameter.numel()
+    return dict(counts.most_common())
+
+
+ADAPTED = ("lora_", "miss_", "randlora_", "oft_", "ia3_", "hada_", "vera_", "modules_to_save", "original_module")
+
+
+def _kept(model: Any, base: Any, sequences: int, length: int, arguments: Any) -> float:
+    """Return the bytes by token that a forward pass holds for the backward pass: run it on tensors without data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    device = hardware.device_type(use_cpu=arguments.use_cpu)
+    half = torch.bfloat16 if arguments.bf16 else torch.float16
+    kept: dict[int, Any] = {}
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            _fill(model, device)
+            own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+            def keep(tensor: torch.Tensor) -> torch.Tensor:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in own:
+                    kept[storage._cdata] = storage
+                return tensor
+
+            ids = torch.ones((sequences, length), dtype=torch.long, device=device)
+            model.train()
+            autocast = torch.autocast(device, dtype=half, enabled=bool(arguments.bf16 or arguments.fp16))
+            with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                base.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            pieces = [storage.nbytes() for storage in kept.values()]
+            held = sum(piece * (HOLES if device == "cpu" and piece < HEAP_PIECE else 1) for piece in pieces)
+            return held / (sequences * length)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        config = base.config.get_text_config()
+        logger.info("Activations are a rule of thumb: the model cannot run without data (%s)", error)
+        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        return 4 * config.num_hidden_layers * (10 * config.hidden_size + 4 * inner)
+
+
+def _fill(model: Any, device: str) -> None:
+    """Put tensors without data on a device in the place of those on meta."""
+    tied: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                tied.setdefault(id(parameter), nn.Parameter(empty, requires_grad=parameter.requires_grad))
+                module._parameters[name] = tied[id(parameter)]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)

@@ -1,0 +1,57 @@
+"""Bytes and packing, by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from runner.estimate import CONTEXT, PROCESS, Model, Work, checkpoint_bytes, estimate_memory, nearest_fit
+from runner.tokens import pack
+
+# 1,000 numbers, all trained, in float32: 4,000 bytes, as many of gradients, 8,000 of Adam
+MODEL = Model(
+    parameters=1000, trainable=1000, by_module={}, weights=4000, loading=0, kept=100, kept_checkpointed=10, cache=6,
+    vocabulary=50, head=200, context=512,
+)  # fmt: skip
+WORK = Work(trainer="sft", sequences=4, length=10, scored=8)
+
+
+def test_the_parts_of_a_step_are_those_of_a_pencil():
+    # activations 4 x 10 x 100; logits 4 bytes x 8 tokens x 50 entries x 8
+    parts = estimate_memory(MODEL, WORK)
+    assert [parts[name] for name in ("weights", "gradients", "optimizer")] == [4000, 4000, 8000]
+    assert [parts[name] for name in ("activations", "logits", "sampling")] == [4000, 12_800, 0]
+    # the worst moment is the end of the forward pass, with the head's gradient: 4000 + 12800 + 4 x 200
+    assert parts["peak"] == PROCESS + 4000 + 8000 + 17_600
+
+
+def test_accumulated_gradients_are_held_beside_activations():
+    peak = estimate_memory(MODEL, replace(WORK, accumulates=True))["peak"]
+    assert peak == PROCESS + 4000 + 8000 + 4000 + 12_800 + 4000
+
+
+def test_sampling_can_be_the_worst_moment():
+    # 100 answers of 20 tokens with 6 bytes of cache each, and 4 copies of 50 logits in float32
+    work = replace(WORK, sampled=100, sampled_length=20)
+    assert estimate_memory(MODEL, work)["sampling"] == 100 * (20 * 6 + 4 * 4 * 50)
+
+
+@pytest.mark.parametrize(("optimizer", "size"), [("adamw_torch", 12), ("adamw_bnb_8bit", 6), ("sgd", 4)])
+def test_a_checkpoint_holds_what_trains_and_what_the_optimizer_keeps(optimizer, size):
+    assert checkpoint_bytes(MODEL, optimizer) == 1000 * size
+
+
+def test_the_nearest_change_that_fits_is_the_cheapest():
+    model, work = replace(MODEL, kept=1e9, kept_checkpointed=1e8), replace(WORK, cuda=True)  # 40 GB, or 4
+    assert nearest_fit(model, work, CONTEXT + 5e9) == "trainer.gradient_checkpointing=true"
+    assert "trainer.per_device_train_batch_size=2" in nearest_fit(model, work, CONTEXT + 3e9)
+    assert nearest_fit(model, work, CONTEXT) is None
+
+
+def test_rows_are_packed_as_trl_packs_them():
+    from datasets import Dataset
+    from trl.data_utils import pack_dataset
+
+    lengths = [(n * 7) % 16 + 1 for n in range(1200)]
+    rows = Dataset.from_dict({"input_ids": [[0] * length for length in lengths]})
+    assert pack(lengths, 16) == len(pack_dataset(rows, 16, "bfd"))
+    assert pack([4, 3, 2, 1], 5) == 2  # 4 and 1, 3 and 2
