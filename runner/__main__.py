@@ -2,6 +2,7 @@
 
 import logging
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -207,12 +208,30 @@ def prepare(argv: list[str], *, again: bool = False) -> list[str]:
     for cell in compose.expand_sweep(arguments.overrides) if arguments.multirun else [arguments.overrides]:
         checked = compose.compose(cell, **where)
         refuse_secrets(checked.config, cell)  # before Hydra writes any of it
+    if checked.config.get("probe") and not only_shown:
+        probe(argv, multirun=arguments.multirun)
     if not only_shown and not arguments.multirun:
         begun = again and checked.run_dir.is_dir()
         (checked.run_dir / "config.yaml").unlink(missing_ok=True) if begun else None
         run_dir = str(checked.run_dir if begun else compose.claim(checked.run_dir)).replace("'", r"\'")
         overrides.append(f"hydra.run.dir='{run_dir}'")
     return options + overrides
+
+
+def probe(argv: list[str], *, multirun: bool) -> None:
+    """Check a run with one step on its longest rows, in a process of its own: it may run out of memory.
+
+    Raises:
+        ConfigError: It found something to correct, or did not come to its end.
+    """
+    if multirun:
+        raise ConfigError("probe=true looks at one run: leave it out of a sweep, or check one job before.")
+    done = subprocess.run([sys.executable, "-m", "runner.check", *argv, "check.probe=true"], check=False)
+    if done.returncode:
+        why = (
+            "see above" if done.returncode > 0 else f"it was ended by signal {-done.returncode}, as by a lack of memory"
+        )
+        raise ConfigError(f"The probe did not succeed: {why}. Correct that, or type probe=false to train all the same.")
 
 
 if __name__ == "__main__":

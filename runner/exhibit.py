@@ -63,7 +63,11 @@ def check_view(done: Check) -> dict[str, Any]:
     if done.tokenizer is None:
         raise Passed("it needs rows and a tokenizer")
     evaluates = done.rows.eval is not None
-    done.arguments, _ = trainers.build_arguments(done.config["trainer"], done.composed.run_dir, evaluates=evaluates)
+    size = done.config.get("global_batch_size")
+    where = done.composed.run_dir
+    done.arguments, _ = trainers.build_arguments(
+        done.config["trainer"], where, evaluates=evaluates, global_batch_size=size
+    )
     examples = done.audit["train"]["examples"]
     learns = preview.learns(done.trainer, done.reads, done.read[0], done.arguments)
     if learns == "assistant" and "{% generation" not in str(done.tokenizer.chat_template):

@@ -13,7 +13,7 @@ from runner.config import CONF, group_names
 from runner.errors import ConfigError
 from runner.resume import flat
 
-OWN = {"output_dir", "expect", "check_expected"}  # of each run
+OWN = {"output_dir", "expect", "check_expected", "probe"}  # of each run
 
 
 def main() -> None:

@@ -112,6 +112,8 @@ def check_plan(done: Check) -> dict[str, Any]:
         "evaluations": plan.evaluations,
         "checkpoints": f"{plan.checkpoints}, of which {stay} stay{each}",
     })  # fmt: skip
+    if done.config["launch"].get("processes", 1) != 1 and not done.config.get("global_batch_size"):
+        say("  this is what one process would take; several take fewer steps of more rows")
     if plan.sequences > prompts and not online:
         done.add(
             Finding("few_rows", f"a step reads {plan.sequences} rows and there are {prompts}: an epoch is one step.")

@@ -16,7 +16,7 @@ from runner.safety import RUN_CODE, as_typed, find_dangers
 
 # Keys that cannot change what is learnt: how often something is said or kept, and to whom.
 HARMLESS = {
-    *("output_dir", "max_seconds", "allow_code", "check_expected"),
+    *("output_dir", "max_seconds", "allow_code", "check_expected", "probe"),
     *(f"trainer.{key}" for key in ("logging_steps", "save_total_limit", "report_to", "run_name", "disable_tqdm")),
     *(f"trainer.{key}" for key in ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy")),
     *(f"trainer.{key}" for key in ("log_level", "dataloader_num_workers")),

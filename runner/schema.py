@@ -87,6 +87,7 @@ class Root:
     max_seconds: float | None = None
     expect: dict[str, list[float]] | None = None
     check_expected: bool = False
+    probe: bool = False
     global_batch_size: int | None = None
 
 

@@ -9,7 +9,7 @@ import pytest
 from tiny import TEMPLATE, save_tiny
 
 from runner import compose, manifest
-from runner.__main__ import write_run
+from runner.__main__ import prepare, write_run
 from runner.check import check, read_options
 from runner.config import option_names
 from runner.errors import ConfigError
@@ -367,3 +367,14 @@ def test_faults_end_with_exit_code_2_and_no_traceback():
     assert done.returncode == 2
     assert "2 faults" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_may_be_probed_first_but_not_a_sweep(base, tmp_path):
+    words = [*base, "trainer.max_steps=2", "dataset.train_rows=32", "dataset.eval_rows=4", "probe=true"]
+    command = [sys.executable, "-m", "runner", *words, f"output_dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.index("a step") < done.stdout.index("trained 2 steps")
+    with pytest.raises(ConfigError, match="probe=true looks at one run"):
+        prepare(["-m", *words, "seed=1,2"])
