@@ -18,6 +18,8 @@ bench: .venv/run
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/ppo.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/faults.py
 
 .venv/run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
