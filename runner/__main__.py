@@ -12,20 +12,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner import compose, console, resume
 from runner.config import CONF, find_faults
-from runner.errors import ConfigError, RunPreempted, RunStopped
+from runner.errors import ConfigError, RunPreempted, RunPruned, RunStopped
 from runner.redaction import Scrubbing, scrub
 
 log = logging.getLogger("runner")
 
 typed = ["python", "-m", "runner", *sys.argv[1:]]  # before anything is rewritten
-failed: list[Exception] = []  # jobs of a sweep that ended early; the others go on
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def task(composed: DictConfig) -> float | None:
     """Run one job in the directory that Hydra made for it."""
     from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
 
     about = HydraConfig.get()
     run_dir = Path(about.runtime.output_dir)
@@ -43,21 +41,25 @@ def task(composed: DictConfig) -> float | None:
         sys.exit(error.code)
     except (ConfigError, RunStopped) as error:
         log.error("%s", error)
-        if about.mode == RunMode.MULTIRUN:
-            failed.append(error)
-            return None
         sys.exit(console.exit_code(error))
 
 
-def write_run(run_dir: Path, config: dict[str, Any], choices: dict[str, str], overrides: list[str]) -> None:
+
+
+def write_run(
+    run_dir: Path, config: dict[str, Any], choices: dict[str, str], overrides: list[str], argv: list[str] | None = None
+) -> None:
     """Write what a run reads (``config.yaml``) and what it begins with (its manifest).
+
+    What a sweep tries is no part of its runs: a trial is the run that it would be alone.
 
     Raises:
         ConfigError: The directory holds a run, or the config a secret.
     """
     from runner import manifest
 
-    config = {**config, "output_dir": str(run_dir)}
+    config = {**{k: v for k, v in config.items() if k != "search"}, "output_dir": str(run_dir)}
+    choices = {k: v for k, v in choices.items() if k != "search"}
     refuse_secrets(config)
     try:
         with (run_dir / "config.yaml").open("x", encoding="utf-8") as file:
@@ -66,7 +68,7 @@ def write_run(run_dir: Path, config: dict[str, Any], choices: dict[str, str], ov
         raise ConfigError(
             f"{run_dir} holds a run already, and none is overwritten. Type another output_dir=..."
         ) from None
-    manifest.create(run_dir, argv=typed, choices=choices, overrides=overrides)
+    manifest.create(run_dir, argv=argv or typed, choices=choices, overrides=overrides)
 
 
 def refuse_secrets(*written: Any) -> None:
@@ -115,9 +117,6 @@ def main() -> None:
         sys.stderr.write(f"runner: {error}\n")
         sys.exit(2)
     task()
-    if failed:
-        log.error("%d jobs of the sweep ended early", len(failed))
-        sys.exit(max(map(console.exit_code, failed)))
 
 
 def led_to() -> Path | None:
@@ -172,14 +171,16 @@ def without_resume(argv: list[str]) -> list[str]:
     return [word for word in argv if not word.startswith(("resume=", "resume.allow_changes="))]
 
 
-def go_on(run_dir: Path) -> int:
+def go_on(run_dir: Path, *, terminal: bool = True) -> int:
     """Run a directory outside of Hydra, with the log that it has, and return the exit code."""
-    console.set_up_logs(run_dir)
+    console.set_up_logs(run_dir, terminal=terminal)
     try:
         start(run_dir)
     except RunPreempted as error:
         log.warning("The run ended early: %s. Go on with: %s", error, resume.command(run_dir))
         return error.code
+    except RunPruned as error:
+        log.info("The trial was ended: %s", error)
     except (ConfigError, RunStopped) as error:
         log.error("%s", error)
         return console.exit_code(error)
@@ -200,17 +201,25 @@ def prepare(argv: list[str], *, again: bool = False) -> list[str]:
     only_shown = arguments.help or arguments.cfg or arguments.info
     if only_shown and not arguments.overrides:
         return argv  # the defaults, which the tests check
-    if arguments.multirun and any(text.startswith("output_dir=") for text in arguments.overrides):
-        raise ConfigError("output_dir has no effect in a sweep, whose jobs need one each: type hydra.sweep.dir=...")
     where = {"config_dir": arguments.config_dir, "config_name": arguments.config_name or "config"}
     options = [text for text in argv if text not in arguments.overrides]
     overrides = compose.rewrite_overrides(arguments.overrides)
-    for cell in compose.expand_sweep(arguments.overrides) if arguments.multirun else [arguments.overrides]:
-        checked = compose.compose(cell, **where)
-        refuse_secrets(checked.config, cell)  # before Hydra writes any of it
+    if arguments.multirun:
+        from runner import search
+
+        for cell in compose.expand_sweep(arguments.overrides):
+            checked = compose.compose(cell, **where)
+            refuse_secrets(checked.config, cell)  # before Hydra writes any of it
+            if checked.config.get("probe"):
+                raise ConfigError("probe=true looks at one run: leave it out of a sweep, or check one job before.")
+        return options + overrides + search.prepare(arguments.overrides, **where)
+    checked = compose.compose(arguments.overrides, **where)
+    refuse_secrets(checked.config, arguments.overrides)  # before Hydra writes any of it
+    if "search" in checked.config and not only_shown:
+        raise ConfigError("search has no effect on one run: type -m for a sweep, or search=null.")
     if checked.config.get("probe") and not only_shown:
-        probe(argv, multirun=arguments.multirun)
-    if not only_shown and not arguments.multirun:
+        probe(argv)
+    if not only_shown:
         begun = again and checked.run_dir.is_dir()
         (checked.run_dir / "config.yaml").unlink(missing_ok=True) if begun else None
         run_dir = str(checked.run_dir if begun else compose.claim(checked.run_dir)).replace("'", r"\'")
@@ -218,14 +227,12 @@ def prepare(argv: list[str], *, again: bool = False) -> list[str]:
     return options + overrides
 
 
-def probe(argv: list[str], *, multirun: bool) -> None:
+def probe(argv: list[str]) -> None:
     """Check a run with one step on its longest rows, in a process of its own: it may run out of memory.
 
     Raises:
         ConfigError: It found something to correct, or did not come to its end.
     """
-    if multirun:
-        raise ConfigError("probe=true looks at one run: leave it out of a sweep, or check one job before.")
     done = subprocess.run([sys.executable, "-m", "runner.check", *argv, "check.probe=true"], check=False)
     if done.returncode:
         why = (

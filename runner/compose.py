@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.config import CONF, find_faults, group_names, option_names
+from runner.config import CONF, find_faults, group_names
 from runner.errors import ConfigError
 from runner.safety import find_dangers, find_escape
 
@@ -50,7 +50,7 @@ def rewrite_overrides(overrides: list[str]) -> list[str]:
 
     overrides = [_quoted(text) for text in overrides]
     rewritten = []
-    for text, parsed in zip(overrides, _parse(overrides), strict=True):
+    for text, parsed in zip(overrides, parse(overrides), strict=True):
         plain = parsed.type == OverrideType.CHANGE and parsed.package is None
         is_group = parsed.key_or_group in group_names() or "/" in parsed.key_or_group
         inside_hydra = parsed.key_or_group.startswith("hydra.") and "env_set" not in parsed.key_or_group
@@ -83,7 +83,7 @@ def compose(
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="runner"):
         composed = _translated(lambda: hydra_compose(config_name, arguments, return_hydra_config=True))
         raw: Any = OmegaConf.to_container(composed, resolve=False)
-        typed = {str(parsed.key_or_group) for parsed in _parse(arguments)}
+        typed = {str(parsed.key_or_group) for parsed in parse(arguments)}
         if dangers := find_dangers(raw, typed):
             raise ConfigError(_listed(dangers))
         HydraConfig.instance().set_config(composed)
@@ -109,7 +109,7 @@ def read_values(overrides: list[str], *, groups: bool = False) -> dict[str, Any]
     """
     overrides = [_quoted(text) for text in overrides]
     found = {}
-    for text, parsed in zip(overrides, _parse(overrides), strict=True):
+    for text, parsed in zip(overrides, parse(overrides), strict=True):
         chooses = parsed.package is not None or parsed.key_or_group in group_names() or "/" in parsed.key_or_group
         if chooses and groups:
             continue
@@ -117,30 +117,6 @@ def read_values(overrides: list[str], *, groups: bool = False) -> dict[str, Any]
             raise ConfigError(f"{text} cannot be typed here: only single keys can, such as trainer.logging_steps=1.")
         found[parsed.key_or_group] = parsed.value()
     return found
-
-
-def expand_sweep(overrides: list[str]) -> list[list[str]]:
-    """Return override lists in which each swept value occurs once, the other swept keys at their first value.
-
-    These few stand for the whole product when a sweep is checked before its first job.
-    """
-    from hydra.core.override_parser.types import Glob
-
-    overrides = [_quoted(text) for text in overrides]
-    parsed = _parse(overrides)
-    fixed = [text for text, item in zip(overrides, parsed, strict=True) if not item.is_sweep_override()]
-    axes = []
-    for item in parsed:
-        if item.is_sweep_override():
-            key, value = item.get_key_element(), item.value()
-            globbed = isinstance(value, Glob)
-            values = value.filter(option_names(item.key_or_group)) if globbed else item.sweep_string_iterator()
-            axes.append([f"{key}={value}" for value in values])
-    first = [axis[0] for axis in axes]
-    cells = [fixed + first]
-    for position, axis in enumerate(axes):
-        cells += [[*fixed, *first[:position], value, *first[position + 1 :]] for value in axis[1:]]
-    return cells
 
 
 def claim(run_dir: Path) -> Path:
@@ -165,12 +141,17 @@ def _quoted(text: str) -> str:
     return f'{key}="{value}"' if equals and (is_slice or is_foreign) else text
 
 
-def _parse(overrides: list[str]) -> list[Any]:
+def parse(overrides: list[str]) -> list[Any]:
+    """Read overrides with Hydra's own parser.
+
+    Raises:
+        ConfigError: All those that cannot be read.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     parsed, faults = [], []
-    for text in overrides:
+    for text in map(_quoted, overrides):
         try:
             parsed += OverridesParser.create().parse_overrides([text])
         except HydraException as error:

@@ -78,6 +78,9 @@ def find_faults(config: dict[str, Any], choices: dict[str, str]) -> list[str]:
             known |= {f"{group}.{key}": field for key, field in _group_fields(group, node).items()}
         except ConfigError as error:
             faults.append(str(error))
+    if isinstance(config.get("search"), dict):
+        groups.add("search")
+        known |= {f"search.{key}": field for key, field in schema.own_fields(schema.Search).items()}
     if isinstance(config.get("value_model"), dict):
         groups.add("value_model")
         known |= {f"value_model.{key}": field for key, field in schema.own_fields(schema.Model).items()}
@@ -356,7 +359,7 @@ def _unknown(path: str, known: dict[str, schema.Field], config: dict[str, Any], 
 @cache
 def group_names() -> list[str]:
     """List the config groups."""
-    return sorted(p.name for p in CONF.iterdir() if p.is_dir())
+    return sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "hydra")
 
 
 def option_names(group: str) -> list[str]:

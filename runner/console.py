@@ -14,13 +14,14 @@ def exit_code(error: Exception) -> int:
     return 2 if isinstance(error, ConfigError) else 1
 
 
-def set_up_logs(run_dir: Path | None) -> None:
-    """Log to the terminal and, with a run directory, to its ``runner.log``, as Hydra does."""
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+def set_up_logs(run_dir: Path | None, *, terminal: bool = True) -> None:
+    """Log to the terminal, if asked to, and, with a run directory, to its ``runner.log``, as Hydra does."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)] if terminal else []
     if run_dir is not None:
         handlers.append(logging.FileHandler(run_dir / "runner.log", encoding="utf-8"))
     logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", handlers=handlers
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", handlers=handlers,
+        force=not terminal,
     )
     for handler in handlers:
         handler.addFilter(Scrubbing())

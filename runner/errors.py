@@ -20,3 +20,7 @@ class RunPreempted(Exception):  # noqa: N818  as above
     def __init__(self, cause: str, code: int) -> None:
         super().__init__(cause)
         self.code = code
+
+
+class RunPruned(Exception):  # noqa: N818  as above
+    """A sweep ended one of its trials, which fell behind the others; the text is the cause in the manifest."""

@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from runner.errors import ConfigError, RunPreempted, RunStopped
+from runner.errors import ConfigError, RunPreempted, RunPruned, RunStopped
 from runner.redaction import scrub
 
 SCHEMA = 1
@@ -31,10 +31,10 @@ BEAT_SECONDS = 15.0  # between two heartbeats of a running process
 SILENCE = 8  # heartbeats that fail to come before a process elsewhere is taken for dead
 FIELDS = {
     "schema": "version of this format; it grows when a field changes its meaning",
-    "status": "created, running, resumed, completed, failed or preempted",
+    "status": "created, running, resumed, completed, failed, preempted or pruned",
     "timeline": "every status with its time (UTC)",
     "heartbeat": "time at which the process of a running run was alive",
-    "cause": "why the run failed or was preempted",
+    "cause": "why the run failed, was preempted or pruned",
     "traceback": "of what ended it, its end",
     "argv": "what was typed",
     "overrides": "what of it was for the config",
@@ -288,8 +288,9 @@ def _ending(fault: BaseException) -> dict[str, Any]:
     status, cause = "failed", f"{type(fault).__name__}: {fault}"
     if isinstance(fault, ConfigError | RunStopped):
         cause = str(fault)
-    elif isinstance(fault, RunPreempted):
-        return {"status": "preempted", "cause": str(fault), "traceback": None}
+    elif isinstance(fault, RunPreempted | RunPruned):
+        ended = "pruned" if isinstance(fault, RunPruned) else "preempted"
+        return {"status": ended, "cause": str(fault), "traceback": None}
     elif isinstance(fault, KeyboardInterrupt):
         status, cause = "preempted", "interrupted from the keyboard (SIGINT)"
     elif isinstance(fault, SystemExit):

@@ -24,6 +24,7 @@ from runner import (
     manifest,
     models,
     preemption,
+    pruning,
     report,
     tokens,
     trainers,
@@ -45,7 +46,7 @@ def run(run_dir: Path) -> dict[str, float]:
     Raises:
         ConfigError: The config, the data or the model cannot give this run.
         RunStopped: A guard ended it.
-        RunPreempted: It was told to end.
+        RunPreempted, RunPruned: It was told to end.
     """
     run_dir = Path(run_dir).absolute()
     config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
@@ -82,7 +83,8 @@ def run(run_dir: Path) -> dict[str, float]:
         manifest.update(run_dir, **trainers.describe(trainer))
 
         checkpoints.Checkpoints(trainer, run_dir, keep=config["trainer"].get("save_total_limit"), resumed=resumed)
-        metrics = trainers.train(trainer, stopping, run_dir, resumed=resumed)
+        with pruning.reporting(trainer, run_dir):
+            metrics = trainers.train(trainer, stopping, run_dir, resumed=resumed)
         trainer.save_model(str(run_dir / "model"), _internal_call=True)  # publish uploads it
         metrics |= trainers.evaluate(trainer)
         facts = {"metrics": metrics, "speed": trainers.speed(trainer, metrics)}

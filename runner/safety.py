@@ -13,7 +13,7 @@ SPECIAL = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 TARGETS_AT = {"trainer._target_", "peft._target_", "quantization._target_"}
 HYDRA_TARGETS = {
     "hydra.launcher._target_": re.compile(r"hydra\._internal\.core_plugins\.basic_launcher\.BasicLauncher"),
-    "hydra.sweeper._target_": re.compile(r"hydra\._internal\.core_plugins\.basic_sweeper\.BasicSweeper"),
+    "hydra.sweeper._target_": re.compile(r"hydra_plugins\.runner_sweeper\.RunnerSweeper"),
 }
 LOGGING_CLASS = re.compile(r"logging\.(StreamHandler|FileHandler|NullHandler|Formatter)|colorlog\.ColoredFormatter")
 LOG_FILE = "${hydra.runtime.output_dir}/${hydra.job.name}.log"

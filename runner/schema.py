@@ -77,6 +77,27 @@ class Launch:
 
 
 @dataclass
+class Search:
+    """Keys of the ``search`` group: what a sweep tries, and how. No part of a run's own config."""
+
+    sampler: Literal["grid", "random", "tpe", "cmaes", "gp", "qmc"] = "grid"
+    objective: str | list[str] | None = None
+    direction: Literal["minimize", "maximize"] | list[Literal["minimize", "maximize"]] = "minimize"
+    n_trials: int | None = None
+    seed: int = 42
+    n_jobs: int = 1
+    gpus_per_trial: int | None = None
+    timeout: float | None = None
+    trial_timeout: float | None = None
+    retries: int = 1
+    pruner: Literal["none", "median", "asha", "hyperband"] = "none"
+    stop_after_failures: int | None = None
+    fail: Literal["all", "any"] = "all"
+    resume: str | None = None
+    params: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
 class Root:
     """Keys of a run as a whole."""
 

@@ -16,10 +16,15 @@ SOURCES = sorted((ROOT / "runner").glob("*.py"))
 # Who may import whom; a module that is not named imports nothing of ours but errors.
 IMPORTS = {
     "__main__": {"compose", "config", "console", "errors", "freeze", "launch", "manifest", "redaction", "resume",
-                 "run"},
+                 "run", "search"},
     "console": {"errors", "redaction"},
     "launch": {"errors", "manifest"},
     "preemption": {"errors", "launch", "manifest"},
+    "search": {"compose", "config", "errors", "journal", "redaction", "resume", "safety", "schema"},
+    "sweep": {"compose", "errors", "journal", "leaderboard", "manifest", "search", "trials"},
+    "trials": {"__main__", "errors", "manifest"},
+    "leaderboard": {"errors", "freeze", "manifest", "report"},
+    "pruning": {"errors", "journal", "manifest"},
     "resume": {"config", "errors", "manifest", "redaction", "safety"},
     "freeze": {"compose", "config", "errors", "manifest", "resume"},
     "replay": {"__main__", "compose", "errors", "manifest", "safety"},
@@ -36,7 +41,7 @@ IMPORTS = {
     "compose": {"config", "errors", "safety"},
     "config": {"errors", "formats", "schema", "views"},
     "run": {"card", "checkpoints", "config", "console", "data", "errors", "estimate", "findings", "hardware", "launch",
-            "manifest", "models", "preemption", "report", "tokens", "trainers", "views"},
+            "manifest", "models", "preemption", "pruning", "report", "tokens", "trainers", "views"},
     "findings": {"rows"},
     "trainers": {"adapters", "callbacks", "checkpoints", "config", "errors", "evaluation", "hardware", "lm_head",
                  "models", "rewards"},
@@ -97,7 +102,7 @@ def lines_of_code(path):
 
 
 def test_the_library_stays_small():
-    assert sum(map(lines_of_code, SOURCES)) < 8700
+    assert sum(map(lines_of_code, SOURCES)) < 10_000
 
 
 def test_run_is_a_table_of_contents():
@@ -116,19 +121,8 @@ def test_run_is_a_table_of_contents():
 
 @pytest.mark.parametrize(
     "module",
-    [
-        "__main__",
-        "check",
-        "compose",
-        "config",
-        "editor",
-        "estimate",
-        "schema",
-        "safety",
-        "errors",
-        "formats",
-        "rewards",
-    ],
+    ["__main__", "check", "compose", "config", "editor", "estimate", "schema", "safety", "errors", "formats", "rewards",
+     "search", "sweep"],
 )
 def test_what_runs_before_the_checks_imports_no_heavy_library(module):
     code = (

@@ -126,15 +126,6 @@ def test_a_missing_value_says_what_to_type():
     assert "dataset.path" in refusal("dataset=local")
 
 
-def test_a_sweep_is_checked_value_by_value():
-    cells = compose.expand_sweep(["trainer=sft,dpo", "trainer.learning_rate=1e-5,1e-4", "seed=1"])
-    assert cells == [
-        ["seed=1", "trainer=sft", "trainer.learning_rate=1e-05"],
-        ["seed=1", "trainer=dpo", "trainer.learning_rate=1e-05"],
-        ["seed=1", "trainer=sft", "trainer.learning_rate=0.0001"],
-    ]
-
-
 def test_a_run_directory_is_never_taken_twice(tmp_path):
     names = [compose.claim(tmp_path / "run").name for _ in range(3)]
     assert names == ["run", "run_2", "run_3"]

@@ -1,0 +1,202 @@
+"""What a sweep leaves: sweep.json, leaderboard.csv, best.yaml, and a table on the terminal."""
+
+import csv
+import io
+import json
+import math
+import os
+import shlex
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner import manifest
+from runner.errors import ConfigError
+from runner.freeze import freeze
+from runner.report import number
+
+ENOUGH = 4  # completed trials, before anything is said of how much a key matters
+WIDE = 60  # characters of a cause in the table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial.
+
+    Attributes:
+        swept: Its values, by key.
+        values: Of the objectives, by name; None where it has none.
+        seconds: That it ran, all its tries together.
+    """
+
+    number: int
+    status: str
+    cause: str
+    swept: dict[str, Any]
+    values: dict[str, float | None]
+    steps: int
+    seconds: float
+    directory: Path
+
+    @property
+    def failed(self) -> bool:
+        """Whether something went wrong."""
+        return self.status not in ("completed", "pruned", "preempted", "running")
+
+
+def last_values(run_dir: Path, names: list[str]) -> tuple[dict[str, float | None], int, list[str]]:
+    """Read a run's objectives, as they were at its end, its steps, and the names of all that it logs."""
+    path = run_dir / "metrics.jsonl"
+    found: dict[str, Any] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            found |= json.loads(line)
+        except ValueError:  # half a line, of a kill
+            continue
+    steps = int(found.get("step") or 0)
+    if (run_dir / manifest.FILE).exists():
+        found |= manifest.read(run_dir).get("metrics") or {}
+    return {name: found.get(name) for name in names}, steps, sorted(found)
+
+
+def rank(rows: list[Row], objectives: list[str], directions: list[str]) -> list[Row]:
+    """Return rows from best to worst: completed ones by their objectives, then pruned ones, then the others."""
+    signs = [1 if direction == "minimize" else -1 for direction in directions]
+
+    def merit(row: Row) -> tuple[Any, ...]:
+        values = [row.values.get(name) for name in objectives]
+        order = ["completed", "pruned", "running", "preempted"]
+        place = order.index(row.status) if row.status in order else len(order)
+        scored = [math.inf if v is None else sign * v for sign, v in zip(signs, values, strict=True)]
+        return place, sum(_dominates(other, row, objectives, signs) for other in rows), scored, row.number
+
+    return sorted(rows, key=merit)
+
+
+def front(rows: list[Row], objectives: list[str], directions: list[str]) -> list[Row]:
+    """Return the completed trials than which none is better in all objectives: one, or a Pareto front."""
+    signs = [1 if direction == "minimize" else -1 for direction in directions]
+    ranked = [row for row in rank(rows, objectives, directions) if _scored(row, objectives)]
+    best = [row for row in ranked if not any(_dominates(other, row, objectives, signs) for other in ranked)]
+    return best if len(objectives) > 1 else best[:1]
+
+
+def _scored(row: Row, objectives: list[str]) -> bool:
+    return row.status == "completed" and all(row.values.get(name) is not None for name in objectives)
+
+
+def _dominates(one: Row, other: Row, objectives: list[str], signs: list[int]) -> bool:
+    if not (_scored(one, objectives) and _scored(other, objectives)):
+        return False
+    pairs = [(s * (one.values[n] or 0), s * (other.values[n] or 0)) for n, s in zip(objectives, signs, strict=True)]
+    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+
+def table(rows: list[Row], objectives: list[str]) -> str:
+    """Lay ranked rows out in columns."""
+    keys = list(dict.fromkeys(key for row in rows for key in row.swept))
+    cells = [["rank", "status", *objectives, *keys, "steps", "time", "directory", "cause"]]
+    for place, row in enumerate(rows, 1):
+        values = [number(row.values.get(name)) for name in objectives]
+        swept = [_short(row.swept.get(key)) for key in keys]
+        ranked = str(place) if row.status == "completed" else "-"
+        cause = row.cause.replace("\n", " ")
+        cause = cause if len(cause) <= WIDE else cause[: WIDE - 3] + "..."
+        where = row.directory.name
+        cells.append([ranked, row.status, *values, *swept, str(row.steps), clock(row.seconds), where, cause])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def counts(rows: list[Row]) -> str:
+    """Say how many trials ended how: ``8 trials: 6 completed, 2 failed``."""
+    seen = Counter(row.status for row in rows)
+    return f"{len(rows)} trial{'s' * (len(rows) != 1)}: " + (", ".join(f"{n} {s}" for s, n in seen.items()) or "none")
+
+
+def write(directory: Path, rows: list[Row], about: dict[str, Any]) -> None:
+    """Write sweep.json and leaderboard.csv, each at once.
+
+    Args:
+        directory: Of the sweep.
+        rows: Ranked.
+        about: What sweep.json says of the sweep as a whole.
+    """
+    trials = [{**vars(row), "directory": row.directory.name} for row in rows]
+    _replace(directory / "sweep.json", json.dumps({**about, "trials": trials}, indent=2, ensure_ascii=False) + "\n")
+    text = io.StringIO()
+    keys = list(dict.fromkeys(key for row in rows for key in row.swept))
+    names = list(dict.fromkeys(name for row in rows for name in row.values))
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["rank", "number", "status", *names, *keys, "steps", "seconds", "directory", "cause"])
+    for place, row in enumerate(rows, 1):
+        told = [row.values.get(n) for n in names] + [row.swept.get(k) for k in keys]
+        ranked = place if row.status == "completed" else ""
+        end = [row.steps, round(row.seconds, 1), row.directory.name, row.cause]
+        lines.writerow([ranked, row.number, row.status, *told, *end])
+    _replace(directory / "leaderboard.csv", text.getvalue())
+
+
+def write_best(directory: Path, best: Row) -> str | None:
+    """Write best.yaml, a recipe that composes to the best trial's config; return why not, if it cannot be."""
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        recipes = Path(folder) / "experiment"
+        recipes.mkdir()
+        try:
+            text = freeze(best.directory, "best", recipes).read_text(encoding="utf-8")
+        except ConfigError as error:
+            return str(error)
+    _replace(directory / "best.yaml", text)
+    return None
+
+
+def importances(study: Any, rows: list[Row], objective: str) -> dict[str, float] | str:
+    """Return each swept key's share in how the first objective differs, or why that cannot be said."""
+    import optuna
+
+    values = [row.values[objective] for row in rows if row.status == "completed" and row.values[objective] is not None]
+    if len(values) < ENOUGH:
+        return f"{len(values)} completed trials are too few to say how much a key matters, which takes {ENOUGH}"
+    if len(set(values)) == 1:
+        return f"{objective} is the same in all trials"
+    sign = 1 if study.directions[0] == optuna.study.StudyDirection.MINIMIZE else -1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = optuna.importance.get_param_importances(study, target=lambda trial: sign * trial.values[0])
+    except (RuntimeError, ValueError, ImportError) as error:
+        return f"how much each key matters cannot be said: {error}"
+    if len(found) > 1 and len(set(found.values())) == 1:  # what is returned where the trials tell nothing
+        return "the trials do not tell which key matters: try more of them"
+    return found
+
+
+def say(text: str) -> None:
+    """Write a line to the terminal."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as a clock shows it: ``0:08``, ``2:05:00``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def pasted(words: list[str]) -> str:
+    """Return a command as it is typed."""
+    return shlex.join(["python", "-m", "runner", *words])
+
+
+def _short(value: Any) -> str:
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,249 @@
+"""Trials as processes of their own, forked from a server that has imported the libraries: a fork, not twelve seconds.
+
+The server is Python's own (``multiprocessing``, start method ``forkserver``). It touches no device and computes
+nothing, so that a fork of it begins without a device context and without threads.
+"""
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from runner import manifest
+from runner.errors import ConfigError
+
+PRELOAD = ["runner.__main__", "runner.run", "runner.ppo", "trl", "peft", "datasets", "optuna"]
+LOG = "runner.log"
+GRACE = 30.0  # seconds from the wish that a trial should end to its kill
+MEMORY = re.compile(
+    r"out of memory|can't allocate memory|MemoryError|OutOfMemory|Cannot allocate memory", re.IGNORECASE
+)
+DIVERGED = re.compile(r"(is|are) not finite|is (nan|inf|-inf) at step", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the process of a trial needs to know; plain data.
+
+    Attributes:
+        run_dir: The trial's directory; it exists.
+        config: Resolved.
+        choices: The option of each group.
+        overrides: Those of the trial.
+        environment: Variables of the trial's own, such as the devices that it may see.
+        threads: That it computes with.
+    """
+
+    run_dir: str
+    config: dict[str, Any]
+    choices: dict[str, str]
+    overrides: list[str]
+    environment: dict[str, str]
+    threads: int
+
+
+@dataclass
+class Trial:
+    """A running trial.
+
+    Attributes:
+        number: In its sweep.
+        slot: Which of the places for parallel trials it holds.
+        seconds: That it may take; None: any.
+        tries: How often it was started.
+        stopped: Why it was told to end, if it was: ``timeout`` or ``preempted``.
+    """
+
+    number: int
+    slot: int
+    job: Job
+    seconds: float | None = None
+    process: Any = None
+    tries: int = 0
+    stopped: str = ""
+    began: float = 0.0
+    started: float = 0.0  # the last time
+    told: float = 0.0
+
+    def start(self) -> None:
+        """Fork its process."""
+        self.process = _context().Process(target=work, args=(self.job,), name=f"trial {self.number}")
+        self.process.start()  # waits for the server, whose imports are not the trial's time
+        self.tries, self.started = self.tries + 1, time.monotonic()
+        self.began = self.began or self.started
+
+    def stop(self, why: str) -> None:
+        """Tell it to save and end; a second time, end it at once."""
+        if self.stopped:
+            self.kill()
+            return
+        self.stopped, self.told = why, time.monotonic()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it and its own processes at once."""
+        for end in (os.killpg, os.kill):  # it leads a group, unless it has not got so far
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                end(self.process.pid, signal.SIGKILL)
+
+    def tend(self) -> None:
+        """Stop it when its time is over, and kill it when it does not heed."""
+        now = time.monotonic()
+        if self.stopped and now - self.told > GRACE:
+            self.kill()
+        elif not self.stopped and self.seconds and now - self.started > self.seconds:
+            self.stop("timeout")
+
+    def ending(self) -> tuple[str, str]:
+        """Return status and cause of a trial that has ended, and clean up after it."""
+        self.process.join()
+        if self.process.exitcode:
+            self.kill()  # what is left of its group
+        return judge(Path(self.job.run_dir), self.process.exitcode, self.stopped, self.seconds)
+
+
+def wait_any(trials: list[Trial], seconds: float) -> list[Trial]:
+    """Return the trials that have ended, after some seconds at the latest."""
+    ready = wait([trial.process.sentinel for trial in trials], timeout=seconds)
+    return [trial for trial in trials if trial.process.sentinel in ready]
+
+
+def judge(run_dir: Path, code: int, stopped: str, seconds: float | None) -> tuple[str, str]:
+    """Return how a trial ended, and why, from its manifest and its exit code.
+
+    Returns:
+        ``completed``, ``pruned``, ``preempted``, ``failed``, ``killed``, ``out of memory``, ``timed out`` or
+        ``diverged``; the cause is empty where there is nothing to say.
+    """
+    record = manifest.read(run_dir) if (run_dir / manifest.FILE).exists() else {}
+    status, cause = record.get("status"), record.get("cause") or ""
+    if status in ("completed", "pruned"):
+        return status, cause or "; ".join(record.get("unexpected") or [])
+    if stopped == "timeout":
+        return "timed out", f"after {seconds:g} s (search.trial_timeout)"
+    if status == "preempted" or stopped:
+        return "preempted", cause
+    if code < 0:
+        name = signal.Signals(-code).name
+        return "killed", f"by {name}" + (", as when memory runs out" if name == "SIGKILL" else "")
+    if status != "failed":  # it left without a word
+        return ("killed" if record else "failed"), f"it left with exit code {code}, after: {_last_line(run_dir / LOG)}"
+    kind = "out of memory" if MEMORY.search(cause) else "diverged" if DIVERGED.search(cause) else "failed"
+    return kind, cause
+
+
+def devices(per_trial: int | None, slots: int) -> list[list[str]] | None:
+    """Share out the machine's devices; None where every trial sees all.
+
+    Raises:
+        ConfigError: There are too few.
+    """
+    if per_trial is None:
+        return None
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = named.split(",") if named else [str(i) for i in range(len([*Path("/proc/driver/nvidia/gpus").glob("*")]))]
+    if per_trial * slots > len(found):
+        raise ConfigError(
+            f"search.gpus_per_trial={per_trial} with search.n_jobs={slots} needs {per_trial * slots} devices, found "
+            f"{len(found)}. Type search.n_jobs={len(found) // per_trial or 1}, or leave search.gpus_per_trial out."
+        )
+    return [found[slot * per_trial : (slot + 1) * per_trial] for slot in range(slots)]
+
+
+def threads(slots: int) -> int:
+    """Return how many threads each of the parallel trials computes with."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(given) if given.isdigit() and int(given) else max(1, cores // slots)
+
+
+def _context() -> Any:
+    """Return the way to start processes; the server is started with the first of them."""
+    server = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if server else "spawn")
+    if server:
+        context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def warm() -> None:
+    """Start the server without waiting for it, so that it imports while the first trial is prepared."""
+    _context()
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return
+    from multiprocessing import forkserver
+
+    # libraries read these as they are imported; asking for devices must not open one
+    given = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    quiet = "ignore::UserWarning:multiprocessing.resource_tracker"  # of what a killed trial could not give back
+    given["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
+    before = {key: os.environ.get(key) for key in given}
+    os.environ.update(given)
+    forkserver.ensure_running()
+    for key, value in before.items():
+        os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+
+# ---- in the process of a trial ------------------------------------------------------------------------------------
+
+
+def work(job: Job) -> None:
+    """Do what ``python -m runner`` does for one run, in this process, with all that is said going to the run's log."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setsid()  # an interrupt from the keyboard is for the sweep, which passes it on
+    os.environ.update(job.environment)
+    run_dir = Path(job.run_dir)
+    with (run_dir / LOG).open("ab") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_outlive, args=(parent,), daemon=True).start()
+    import torch
+
+    if torch.cuda._is_in_bad_fork():  # a library has opened the device in the server: begin afresh
+        os.execv(sys.executable, [sys.executable, "-m", "runner.trials", json.dumps(asdict(job))])
+    torch.set_num_threads(job.threads)
+    from runner.__main__ import go_on, write_run
+
+    try:
+        if not (run_dir / manifest.FILE).exists():
+            (run_dir / "config.yaml").unlink(missing_ok=True)
+            typed = ["python", "-m", "runner", *job.overrides]
+            write_run(run_dir, job.config, job.choices, job.overrides, typed)
+        code = go_on(run_dir, console=False)
+    except ConfigError as error:
+        sys.exit(str(error))
+    except Exception:  # the boundary of the process: the manifest has it, and the log without its secrets
+        logging.getLogger("runner").exception("The run failed")
+        code = 1
+    sys.exit(code)
+
+
+def _outlive(parent: Any) -> None:
+    """End with the sweep, however it ends: with a checkpoint, or without one when that takes too long."""
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    os._exit(1)
+
+
+def _last_line(path: Path) -> str:
+    """Return the last line of a log that says something."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), f"nothing in {path}")
+
+
+if __name__ == "__main__":
+    work(Job(**json.loads(sys.argv[1])))

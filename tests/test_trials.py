@@ -1,0 +1,151 @@
+"""Trials as processes: whatever one of them does, it is a row of the table, and the others go on."""
+
+import json
+import os
+import signal
+
+import pytest
+from test_sweep import board, run, words
+
+from runner import manifest, trials
+from runner.errors import ConfigError
+
+FAULTS = """
+import os, signal, time
+
+def fine(completions, **kwargs):
+    return [0.0 for _ in completions]
+
+def raises(completions, **kwargs):
+    raise ZeroDivisionError("one over nothing")
+
+def dies(completions, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def leaves(completions, **kwargs):
+    os._exit(7)
+
+def hangs(completions, **kwargs):
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    time.sleep(600)
+
+def eats(completions, **kwargs):
+    import resource, torch
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
+    return [float(torch.ones(2**30).sum()) for _ in completions]
+"""
+
+
+@pytest.fixture
+def faults(tmp_path, monkeypatch):
+    """A module of reward functions that do what no trial should."""
+    (tmp_path / "faults.py").write_text(FAULTS)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ["raises", "dies", "leaves", "hangs", "eats", "fine"]
+    return ["allow_code=[" + ",".join(f"faults.{name}" for name in names) + "]"], names
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads its memory from /proc")  # noqa: PTH110
+def test_whatever_a_trial_does_the_others_go_on(llama_dir, tmp_path, faults, monkeypatch, capsys):
+    monkeypatch.setattr(trials, "GRACE", 0.5)
+    allowed, names = faults
+    given = words(llama_dir, *allowed, "reward.function=" + ",".join(f"faults.{name}" for name in names))
+    code = run(tmp_path / "sweep", *given, "search.trial_timeout=25", "search.n_jobs=2", "search.retries=1")
+    said = capsys.readouterr().out
+    assert code == 0
+    rows = board(tmp_path / "sweep")
+    found = {name: rows[number]["status"] for number, name in enumerate(names)}
+    assert found == {
+        "raises": "failed", "dies": "killed", "leaves": "killed", "hangs": "timed out", "eats": "out of memory",
+        "fine": "completed",
+    }  # fmt: skip
+    assert "6 trials: 1 completed, " in said
+    assert "(failures: 5)" in said
+    assert said.count("it is tried again") == 2
+    assert "ZeroDivisionError: one over nothing" in rows[0]["cause"]
+    assert rows[5]["rank"] == "1"
+    assert manifest.read(tmp_path / "sweep" / "5")["status"] == "completed"
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_is_a_row_and_any_failure_may_be_an_error(llama_dir, tmp_path):
+    given = words(llama_dir, "peft=none", "trainer.max_grad_norm=0", "trainer.learning_rate=1e20,1e-3")
+    assert run(tmp_path / "sweep", *given, "search.fail=any") == 1
+    assert [row["status"] for row in board(tmp_path / "sweep").values()] == ["completed", "diverged"]
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_first_trials_fail_alike_ends(llama_dir, tmp_path, faults, capsys):
+    given = words(llama_dir, *faults[0], "reward.function=faults.raises", "seed=1,2,3", "trainer.seed=1")
+    assert run(tmp_path / "sweep", *given, "search.stop_after_failures=2") == 1
+    assert len(board(tmp_path / "sweep")) == 2
+    assert "the first 2 trials failed of the same cause" in capsys.readouterr().out
+
+
+def ended(tmp_path, **fields):
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    manifest.create(tmp_path)
+    manifest.update(tmp_path, **fields)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "stopped", "status"),
+    [
+        ({"status": "completed"}, 0, "", "completed"),
+        ({"status": "completed"}, 0, "timeout", "completed"),
+        ({"status": "pruned", "cause": "behind"}, 0, "", "pruned"),
+        ({"status": "failed", "cause": "ValueError: x"}, 1, "", "failed"),
+        ({"status": "failed", "cause": "OutOfMemoryError: CUDA out of memory. Tried"}, 1, "", "out of memory"),
+        ({"status": "failed", "cause": "MemoryError: "}, 1, "", "out of memory"),
+        ({"status": "failed", "cause": "loss is nan at step 3, which no step can mend."}, 1, "", "diverged"),
+        ({"status": "failed", "cause": "the gradient of step 1 is not finite, in 4"}, 1, "", "diverged"),
+        ({"status": "running"}, -signal.SIGKILL, "", "killed"),
+        ({"status": "running"}, -signal.SIGSEGV, "", "killed"),
+        ({"status": "running"}, -signal.SIGKILL, "timeout", "timed out"),
+        ({"status": "running"}, 3, "", "killed"),
+        ({"status": "preempted", "cause": "stopped by SIGTERM"}, 143, "preempted", "preempted"),
+        ({"status": "preempted", "cause": "stopped by SIGTERM"}, 143, "timeout", "timed out"),
+        ({"status": "created"}, -signal.SIGTERM, "preempted", "preempted"),
+    ],
+)
+def test_how_a_trial_ended_follows_from_its_manifest_and_its_exit_code(fields, code, stopped, status, tmp_path):
+    assert trials.judge(ended(tmp_path, **fields), code, stopped, 9.0)[0] == status
+
+
+def test_a_trial_without_a_manifest_is_told_of_by_its_log(tmp_path):
+    (tmp_path / "runner.log").write_text("Traceback\nImportError: no such thing\n\n")
+    status, cause = trials.judge(tmp_path, 1, "", None)
+    assert (status, cause) == ("failed", "it left with exit code 1, after: ImportError: no such thing")
+
+
+def test_trials_share_out_the_devices(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
+    assert trials.devices(None, 2) is None
+    assert trials.devices(2, 2) == [["2", "3"], ["5", "7"]]
+    with pytest.raises(ConfigError, match="needs 6 devices, found 4"):
+        trials.devices(3, 2)
+
+
+def test_trials_share_out_the_cores(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert trials.threads(2) == 3
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert trials.threads(3) == 2
+
+
+@pytest.mark.slow
+def test_a_trial_runs_as_a_command_too_with_its_devices_and_threads(llama_dir, tmp_path):
+    import subprocess
+    import sys
+
+    from runner import compose
+
+    composed = compose.compose(words(llama_dir))
+    job = trials.Job(str(tmp_path), composed.config, composed.choices, [], {"CUDA_VISIBLE_DEVICES": "7"}, 1)
+    command = [sys.executable, "-m", "runner.trials", json.dumps(vars(job))]
+    assert subprocess.run(command, check=False).returncode == 0
+    assert manifest.read(tmp_path)["status"] == "completed"
