@@ -20,6 +20,7 @@ bench: .venv/run
 	$(BIN)/python benchmarks/ppo.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/faults.py
+	$(BIN)/python benchmarks/sweep.py
 
 .venv/run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

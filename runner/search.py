@@ -82,6 +82,7 @@ class Plan:
         axes: What is swept, in the order of the command.
         fixed: The overrides of every trial.
         base: The first combination, composed.
+        trainers: Modules of the trainers that are used.
         where: Options of ``compose.compose``.
     """
 
@@ -89,6 +90,7 @@ class Plan:
     axes: list[Axis]
     fixed: list[str]
     base: Composed
+    trainers: list[str]
     where: dict[str, Any]
 
     @property
@@ -160,7 +162,8 @@ def read(overrides: list[str], **where: Any) -> Plan:
     cells = [_check(cell, fixed, own, where) for cell in corners(axes)]
     known = {field.name for field in fields(schema.Search)}
     search = schema.Search(**{key: value for key, value in cells[0].config["search"].items() if key in known})
-    plan = Plan(search, axes, fixed, cells[0], where)
+    files = {_trainer_file(cell.config["trainer"]["_target_"]) for cell in cells}
+    plan = Plan(search, axes, fixed, cells[0], sorted(module for module, _ in files), where)
     _refuse(plan, cells)
     return plan
 
@@ -309,11 +312,18 @@ def _objective_fault(name: str, cell: Composed) -> str | None:
     )
 
 
+def _trainer_file(target: str) -> tuple[str, Path]:
+    """Return module and file of the trainer that belongs to a config class, which stands beside it or with it."""
+    config, _ = schema.locate(target)
+    path = config.with_name(config.name.replace("_config", "_trainer"))
+    package = len(path.parts) - path.parts[::-1].index(target.partition(".")[0]) - 1
+    return ".".join([*path.parts[package:-1], path.stem]), path
+
+
 @lru_cache(maxsize=16)
 def _names_in_source(target: str) -> tuple[set[str], list[str]]:
     """Return the words of a trainer's source that may be metrics, and patterns of those that it puts together."""
-    path, _ = schema.locate(target)
-    files = [path.with_name(path.name.replace("_config", "_trainer"))]
+    files = [_trainer_file(target)[1]]
     files += [Path(__file__).with_name(f"{name}.py") for name in ("rollout", "rl_math") if target.startswith("runner.")]
     names, patterns = set(), []
     for node in itertools.chain.from_iterable(ast.walk(ast.parse(file.read_text("utf-8"))) for file in files):

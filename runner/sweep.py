@@ -90,18 +90,18 @@ class Sweep:
     def run(self) -> int:
         """Run all trials and return the exit code."""
         search = self.plan.search
-        trials.warm()
+        trials.warm(self.plan.trainers)
         say(f"{self.plan.trials} trials (search={search.sampler}) in {self.directory}")
         if self.left:
             say(f"Going on with trial{'s' * (len(self.left) > 1)} {', '.join(map(str, self.left))}")
-        try:
-            with self.heeding():
+        with self.heeding():
+            try:
                 while self.fill() or self.running:
                     self.look()
-        finally:
-            for trial in self.running:
-                trial.kill()
-        return self.close()
+            finally:
+                for trial in self.running:
+                    trial.kill()
+            return self.close()
 
     # ---- trials ---------------------------------------------------------------------------------------------------
 
@@ -154,6 +154,8 @@ class Sweep:
         )
         trial.start()
         self.running.append(trial)
+        if self.signal and not trial.stopped:  # it came while the trial started
+            trial.stop("preempted")
 
     def wait_for_end(self, run_dir: Path) -> None:
         """Wait for the process of a trial that outlives a killed sweep by a moment."""
@@ -333,7 +335,7 @@ class Sweep:
 
     @contextlib.contextmanager
     def heeding(self) -> Iterator[None]:
-        """Let an interrupt inside end the trials with a checkpoint; another one ends them at once."""
+        """Let an interrupt inside end the trials with a checkpoint; another one ends them and the sweep at once."""
         before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -342,7 +344,9 @@ class Sweep:
                 signal.signal(number, handler)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Tell all trials to end."""
-        first, self.signal = not self.signal, number
+        """Tell all trials to end, or, the second time, leave at once."""
+        if self.signal:
+            raise SystemExit(128 + number)
+        self.signal = number
         for trial in self.running:
-            trial.stop("preempted") if first else trial.kill()
+            trial.stop("preempted")

@@ -22,7 +22,8 @@ from typing import Any
 from runner import manifest
 from runner.errors import ConfigError
 
-PRELOAD = ["runner.__main__", "runner.run", "runner.ppo", "trl", "peft", "datasets", "optuna"]
+PRELOAD = ["runner.__main__", "runner.run", "runner.freeze", "trl", "peft", "datasets", "optuna", "pydantic",
+           "matplotlib.figure", "matplotlib.backends.backend_agg"]  # fmt: skip
 LOG = "runner.log"
 GRACE = 30.0  # seconds from the wish that a trial should end to its kill
 MEMORY = re.compile(
@@ -171,17 +172,19 @@ def threads(slots: int) -> int:
 def _context() -> Any:
     """Return the way to start processes; the server is started with the first of them."""
     server = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if server else "spawn")
-    if server:
-        context.set_forkserver_preload(PRELOAD)
-    return context
+    return multiprocessing.get_context("forkserver" if server else "spawn")
 
 
-def warm() -> None:
-    """Start the server without waiting for it, so that it imports while the first trial is prepared."""
-    _context()
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+def warm(trainers: list[str]) -> None:
+    """Start the server without waiting for it, so that it imports while the first trial is prepared.
+
+    Args:
+        trainers: Modules of the trainers that trials use.
+    """
+    context = _context()
+    if context.get_start_method() != "forkserver":
         return
+    context.set_forkserver_preload([*PRELOAD, *trainers])
     from multiprocessing import forkserver
 
     # libraries read these as they are imported; asking for devices must not open one
@@ -202,6 +205,8 @@ def work(job: Job) -> None:
     """Do what ``python -m runner`` does for one run, in this process, with all that is said going to the run's log."""
     with contextlib.suppress(OSError, AttributeError):
         os.setsid()  # an interrupt from the keyboard is for the sweep, which passes it on
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # until the run heeds them
     os.environ.update(job.environment)
     run_dir = Path(job.run_dir)
     with (run_dir / LOG).open("ab") as file:

@@ -1,0 +1,141 @@
+"""A sweep of DPO trials beside Hydra's own and beside a shell loop of the TRL CLI: `python benchmarks/sweep.py`.
+
+Same model, rows, steps and one thread. CPU seconds are those of a command with all its processes. What a step costs is
+the difference of sweeps with many and few steps; what a trial costs beyond them, of sweeps with many and few trials.
+The second part lets ASHA prune: it shows both tables, and how many optimizer steps each took. Linux only.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from train import THREADS, trl_command, write_rows
+
+from runner.arithmetic import arithmetic
+from runner.embedded import materialise
+
+ADOPT_ORPHANS = 36  # PR_SET_CHILD_SUBREAPER: the server of the trials outlives the sweep by a moment
+HYDRA = "import sys; from runner.__main__ import task; sys.argv[0] = 'runner'; task()"
+
+
+def spend(commands: list[list[str]]) -> tuple[float, float]:
+    """Run commands one after the other; return wall seconds, and CPU seconds of all that they started."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    for command in commands:
+        done = subprocess.run(command, env={**os.environ, **THREADS}, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
+    wall = time.perf_counter() - start
+    try:
+        while True:
+            os.wait()
+    except ChildProcessError:
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def keys(model: Path, data: Path, steps: int) -> list[str]:
+    """Return what all trials of ours share."""
+    return [
+        *("trainer=dpo", f"model.name_or_path={model}", "dataset=local", f"dataset.path={data}", "dataset.eval=null"),
+        *("samples.rows=0", f"trainer.max_steps={steps}", "trainer.logging_steps=1", "trainer.save_strategy=no"),
+        *("trainer.per_device_train_batch_size=2", "trainer.lr_scheduler_type=constant", "trainer.warmup_steps=0"),
+        *("trainer.max_length=512", "peft.r=16", "peft.lora_alpha=32", "trainer.learning_rate=5e-5"),
+    ]
+
+
+def swept(trials: int) -> str:
+    """Return the values of beta."""
+    return "trainer.beta=" + ",".join(f"{0.05 * (number + 1):.2f}" for number in range(trials))
+
+
+def compare(model: Path, data: Path, folder: Path, trials: int, steps: int, beside: list[str]) -> None:
+    """Print what ours and those beside it cost."""
+    few, short = max(1, trials // 2), max(1, steps // 2)
+
+    def ours(trials: int, steps: int) -> list[list[str]]:
+        where = f"hydra.sweep.dir={folder / f'ours_{trials}_{steps}'}"
+        return [[sys.executable, "-m", "runner", "-m", *keys(model, data, steps), swept(trials), where]]
+
+    def hydras(trials: int, steps: int) -> list[list[str]]:
+        words = [f"++{w}" if "." in w.partition("=")[0] else w for w in (*keys(model, data, steps), swept(trials))]
+        where = f"hydra.sweep.dir={folder / f'hydra_{trials}_{steps}'}"
+        return [[sys.executable, "-c", HYDRA, "-m", "hydra/sweeper=basic", *words, where]]
+
+    def loop(trials: int, steps: int) -> list[list[str]]:
+        outs = [folder / f"trl_{steps}_{number}" for number in range(trials)]
+        commands = [trl_command("dpo", data, out, steps, checkpointing=False) for out in outs]
+        return [[*command, "--beta", f"{0.05 * (number + 1):.2f}"] for number, command in enumerate(commands)]
+
+    ways: dict[str, Callable[[int, int], list[list[str]]]]
+    ways = {"runner -m": ours}
+    ways |= {"Hydra, one process": hydras} if "hydra" in beside else {}
+    ways |= {"trl dpo, a loop": loop} if "trl" in beside else {}
+    found = {}
+    for name, way in ways.items():
+        wall, cpu = spend(way(trials, steps))
+        step = (cpu - spend(way(trials, short))[1]) / (trials * (steps - short))
+        trial = (cpu - spend(way(few, steps))[1]) / (trials - few) - steps * step
+        found[name] = (wall, cpu, step, trial)
+    print(f"{trials} DPO trials of {steps} steps   wall s   CPU s   of a step   of one more trial   ratio of CPU")
+    for name, (wall, cpu, step, trial) in found.items():
+        ratio = found["runner -m"][1] / cpu
+        print(f"{name:<28} {wall:8.1f} {cpu:7.1f} {step:11.2f} {trial:19.2f} {ratio:14.2f}")
+
+
+def prune(model: Path, data: Path, folder: Path, trials: int, steps: int) -> None:
+    """Print the tables of a sweep without pruning and of one with it."""
+    rates = "trainer.learning_rate=tag(log,interval(1e-6,3e-3))"
+    every = max(1, steps // 8)
+    given = [*keys(model, data, steps)[:-1], "dataset.eval=train[-8:]", "trainer.eval_strategy=steps", rates]
+    given += [f"trainer.eval_steps={every}", "search=random", f"search.n_trials={trials}"]
+    taken: dict[str, Any] = {}
+    for pruner in ("none", "asha"):
+        where = folder / f"pruner_{pruner}"
+        command = [sys.executable, "-m", "runner", "-m", *given, f"search.pruner={pruner}", f"hydra.sweep.dir={where}"]
+        wall, cpu = spend([command])
+        about = json.loads((where / "sweep.json").read_text())
+        rows = about["trials"]
+        taken[pruner] = sum(row["steps"] for row in rows)
+        print(f"\nsearch.pruner={pruner}: {taken[pruner]} steps, {wall:.1f} s, {cpu:.1f} CPU s, best {about['best']}")
+        for row in rows:
+            value = row["values"].get("eval_loss")
+            shown = f"{value:.4f}" if value is not None else "-"
+            print(f"  {row['number']:>3} {row['status']:<10} {shown:>8}  {row['steps']:>4} steps  {row['swept']}")
+    print(f"\nsteps with asha / without: {taken['asha'] / taken['none']:.2f}")
+
+
+def main() -> None:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--model", type=Path, help="folder of a model; by default the embedded one")
+    parser.add_argument("--part", choices=["compare", "prune"], nargs="+", default=["compare", "prune"])
+    parser.add_argument("--beside", choices=["hydra", "trl"], nargs="*", default=["hydra", "trl"])
+    given = parser.parse_args()
+    if given.trials < 2 or given.steps < 2:
+        parser.error("at least two trials of two steps: figures are differences")
+    ctypes.CDLL(None).prctl(ADOPT_ORPHANS, 1, 0, 0, 0)
+    with tempfile.TemporaryDirectory() as name:
+        folder, model = Path(name), given.model or materialise()
+        rows, _ = arithmetic(train_rows=given.rows, eval_rows=10, seed=0)
+        data = write_rows(folder / "data", rows, ["prompt", "chosen", "rejected"])
+        if "compare" in given.part:
+            compare(model, data, folder, given.trials, given.steps, given.beside)
+        if "prune" in given.part:
+            prune(model, data, folder, 2 * given.trials, given.steps)
+
+
+if __name__ == "__main__":
+    main()
