@@ -44,8 +44,6 @@ def task(composed: DictConfig) -> float | None:
         sys.exit(console.exit_code(error))
 
 
-
-
 def write_run(
     run_dir: Path, config: dict[str, Any], choices: dict[str, str], overrides: list[str], argv: list[str] | None = None
 ) -> None:
@@ -207,11 +205,6 @@ def prepare(argv: list[str], *, again: bool = False) -> list[str]:
     if arguments.multirun:
         from runner import search
 
-        for cell in compose.expand_sweep(arguments.overrides):
-            checked = compose.compose(cell, **where)
-            refuse_secrets(checked.config, cell)  # before Hydra writes any of it
-            if checked.config.get("probe"):
-                raise ConfigError("probe=true looks at one run: leave it out of a sweep, or check one job before.")
         return options + overrides + search.prepare(arguments.overrides, **where)
     checked = compose.compose(arguments.overrides, **where)
     refuse_secrets(checked.config, arguments.overrides)  # before Hydra writes any of it

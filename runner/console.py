@@ -20,7 +20,10 @@ def set_up_logs(run_dir: Path | None, *, terminal: bool = True) -> None:
     if run_dir is not None:
         handlers.append(logging.FileHandler(run_dir / "runner.log", encoding="utf-8"))
     logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", handlers=handlers,
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=handlers,
         force=not terminal,
     )
     for handler in handlers:

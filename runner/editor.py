@@ -23,6 +23,7 @@ def json_schema() -> dict[str, Any]:
         "model": _closed(schema.own_fields(schema.Model), "model"),
         "samples": _closed(schema.own_fields(schema.Samples), None),
         "launch": _closed(schema.own_fields(schema.Launch), None),
+        "search": _closed(schema.own_fields(schema.Search), None),
         "dataset": _dataset(),
         "reward": _reward(),
     }

@@ -275,7 +275,9 @@ def _refuse(plan: Plan, cells: list[Composed]) -> None:
     if len(plan.objectives) > 1 and (search.pruner != "none" or search.sampler == "cmaes"):
         what = f"search.pruner={search.pruner}" if search.pruner != "none" else "search=cmaes"
         faults.append(f"{what} compares trials by one objective, found {len(plan.objectives)}.")
-    if scrub(plan.base.config) != plan.base.config:
+    if plan.base.config.get("probe"):
+        faults.append("probe=true looks at one run: leave it out of a sweep, or check one trial before.")
+    if any(scrub(cell.config) != cell.config for cell in cells):
         faults.append("The config holds what looks like a secret, and it is written to disk: use the environment.")
     for cell in cells if search.objective else ():
         faults += [fault for name in plan.objectives if (fault := _objective_fault(name, cell))]

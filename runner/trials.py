@@ -227,7 +227,7 @@ def work(job: Job) -> None:
             (run_dir / "config.yaml").unlink(missing_ok=True)
             typed = ["python", "-m", "runner", *job.overrides]
             write_run(run_dir, job.config, job.choices, job.overrides, typed)
-        code = go_on(run_dir, console=False)
+        code = go_on(run_dir, terminal=False)
     except ConfigError as error:
         sys.exit(str(error))
     except Exception:  # the boundary of the process: the manifest has it, and the log without its secrets

@@ -121,8 +121,21 @@ def test_run_is_a_table_of_contents():
 
 @pytest.mark.parametrize(
     "module",
-    ["__main__", "check", "compose", "config", "editor", "estimate", "schema", "safety", "errors", "formats", "rewards",
-     "search", "sweep"],
+    [
+        "__main__",
+        "check",
+        "compose",
+        "config",
+        "editor",
+        "estimate",
+        "schema",
+        "safety",
+        "errors",
+        "formats",
+        "rewards",
+        "search",
+        "sweep",
+    ],
 )
 def test_what_runs_before_the_checks_imports_no_heavy_library(module):
     code = (

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from runner import compose
+from runner import compose, search
 from runner.config import CONF, group_names, option_names
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,8 +17,7 @@ COMMANDS = [line.split("  #")[0].strip() for line in SHELL.splitlines() if line.
 def test_every_command_in_the_readme_composes(command):
     words = [word for word in shlex.split(command)[3:] if not word.startswith("resume=")]  # which is no key
     arguments = compose.parse_arguments(words)
-    for overrides in compose.expand_sweep(arguments.overrides):
-        compose.compose(overrides)
+    search.read(arguments.overrides) if arguments.multirun else compose.compose(arguments.overrides)
 
 
 def test_every_make_target_and_script_in_the_readme_exists():
