@@ -91,12 +91,12 @@ def reporting(trainer: Any, run_dir: Path) -> Iterator[None]:
     Raises:
         RunPruned: It was, and its metrics so far are in its manifest.
     """
-    path = run_dir / FILE
-    if not path.exists():
+    about = json.loads((run_dir / FILE).read_text(encoding="utf-8")) if (run_dir / FILE).exists() else {}
+    path = run_dir / about.pop("journal", "")
+    callback = Pruning(path, **about) if path.is_file() else None
+    if callback is None or callback.trial.state.is_finished():  # a trial that goes on after its sweep
         yield
         return
-    about = json.loads(path.read_text(encoding="utf-8"))
-    callback = Pruning(run_dir / about.pop("journal"), **about)
     trainer.add_callback(callback)
     yield
     if callback.cause:

@@ -137,7 +137,7 @@ def read(overrides: list[str], **where: Any) -> Plan:
     Raises:
         ConfigError: Nothing is swept, or one of the trials or the search itself cannot be.
     """
-    rest, own = [], []
+    rest, own, hydra = [], [], []
     for text, parsed in zip(overrides, compose.parse(overrides), strict=True):
         key = str(parsed.key_or_group)
         special = key == "search" or key.startswith("search.")
@@ -145,13 +145,17 @@ def read(overrides: list[str], **where: Any) -> Plan:
             raise ConfigError(f"{text} cannot be swept: it is no part of a trial. Sweep keys of the run.")
         if special:
             own.append(text)
-        elif not key.startswith("hydra"):
+        elif key.startswith("hydra"):
+            hydra.append(text)
+        else:
             rest.append((text, parsed))
     plain = [text for text, parsed in rest if not parsed.is_sweep_override()]
-    first = compose.compose([*plain, *own], check=False, **where)
+    first = compose.compose([*plain, *own, *hydra], check=False, **where)
     if first.choices.get("search") in (None, "None", "null"):
         own = ["search=grid", *(text for text in own if not text.startswith("search="))]
     node = first.config.get("search") or {}
+    if node.get("resume") and not any(text.lstrip("+").startswith("search.resume=") for text in own):
+        raise ConfigError("search.resume is refused from a file: type search.resume=... yourself.")
     swept = _params(node.get("params") or {})
     axes, fixed = _split([*swept, *rest])
     if not axes:

@@ -85,7 +85,7 @@ class Sweep:
         self.left = [t.number for t in self.study.trials if not t.state.is_finished()]  # by a sweep that was killed
         self.free = list(range(plan.search.n_jobs))
         self.ended_now = 0
-        self.signal, self.fault = 0, ""  # what told the sweep to end; why it ends itself
+        self.signal, self.fault, self.code = 0, "", 1  # what told the sweep to end; why it ends itself, and how
 
     def run(self) -> int:
         """Run all trials and return the exit code."""
@@ -194,7 +194,7 @@ class Sweep:
         if status == "completed" and any(name not in logged for name in plan.objectives) and plan.search.objective:
             missing = [name for name in plan.objectives if name not in logged]
             status, cause = "failed", f"the run logs no {', '.join(missing)}"
-            self.fault = self.fault or f"{cause}, which is search.objective. It logs {', '.join(logged)}."
+            self.fault, self.code = f"{cause}, which is search.objective. It logs {', '.join(logged)}.", 2
         elif (
             status == "completed" and plan.search.objective and any(v is None or not math.isfinite(v) for v in numbers)
         ):
@@ -321,7 +321,7 @@ class Sweep:
         say(f"{self.directory}: leaderboard.csv, sweep.json{', best.yaml' * bool(best)}")
         if self.fault:
             say(f"runner: the sweep ends: {self.fault}")
-            return 2 if "search.objective" in self.fault else 1
+            return self.code
         unfinished = [row for row in rows if row.status in ("running", "preempted")]
         if unfinished or self.signal or len(rows) < plan.trials:
             words = [text for text in self.arguments if not text.lstrip("+").startswith("search.resume")]

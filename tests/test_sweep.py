@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -19,6 +20,7 @@ from runner.config import option_names
 from runner.errors import ConfigError
 from runner.leaderboard import Row
 from runner.resume import flat
+from runner.run import run as train
 
 KILLS = 4  # of one sweep, at random moments
 RATE = "trainer.learning_rate=tag(log,interval(1e-4,1e-1))"
@@ -127,6 +129,11 @@ def test_what_a_trainer_logs_can_be_an_objective(trainer):
     for name in known.get(trainer, ["eval_rewards/margins", "rewards/chosen"]):
         assert search._objective_fault(name, composed) is None
     assert "nothing that" in search._objective_fault("eval_nosuch/metric", composed)
+
+
+def test_a_recipe_cannot_say_where_a_sweep_goes_on(tmp_path):
+    recipe = write_recipe(tmp_path, f"defaults:\n  - override /search: grid\nsearch:\n  resume: {tmp_path}\n")
+    assert "type search.resume=" in refusal("experiment=mine", "seed=1,2", **recipe, config_name="config")
 
 
 def test_search_without_m_is_refused(capsys):
@@ -287,6 +294,21 @@ def test_an_interrupt_saves_what_runs_and_the_sweep_goes_on_from_there(llama_dir
 
 
 @pytest.mark.slow
+def test_a_second_interrupt_ends_all_at_once(llama_dir, tmp_path):
+    given = words(llama_dir, "seed=1,2", "trainer.max_steps=3000", "samples.rows=0", "trainer.eval_on_start=false")
+    process = begin_apart(tmp_path / "sweep", *given)
+    wait_until(lambda: (tmp_path / "sweep" / "0" / "metrics.jsonl").exists())
+    trial = manifest.read(tmp_path / "sweep" / "0")["process"]
+    os.kill(trial, signal.SIGSTOP)  # it cannot heed the first
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode == 130
+    wait_until(lambda: manifest.is_dead(tmp_path / "sweep" / "0", manifest.read(tmp_path / "sweep" / "0")), 10)
+
+
+@pytest.mark.slow
 def test_a_trial_that_falls_behind_is_pruned_and_keeps_its_metrics(llama_dir, tmp_path):
     given = words(
         llama_dir, *STEPPED, "trainer.learning_rate=3e-2,1e-5,1e-6", "search.pruner=asha", "search.objective=eval_loss"
@@ -298,6 +320,9 @@ def test_a_trial_that_falls_behind_is_pruned_and_keeps_its_metrics(llama_dir, tm
     record = manifest.read(tmp_path / "sweep" / "1")
     assert record["status"] == "pruned"
     assert record["metrics"]["eval_loss"] == float(rows[1]["eval_loss"]) > float(rows[0]["eval_loss"])
+    shutil.rmtree(tmp_path / "sweep" / "1" / "checkpoints", ignore_errors=True)
+    train(tmp_path / "sweep" / "1")  # alone, after its sweep, nothing prunes it
+    assert manifest.read(tmp_path / "sweep" / "1")["status"] == "completed"
 
 
 @pytest.mark.slow
