@@ -99,7 +99,7 @@ def test_a_frozen_run_can_be_run_again_and_compared(llama_dir, tmp_path, conf):
     command = [sys.executable, "-m", "runner", f"--config-dir={conf}", "experiment=mine", "check_expected=true"]
     for words, code, said in [
         ([], 0, "All metrics are as expected"),
-        (["trainer.learning_rate=0.1"], 1, "not as expected: eval_loss is"),
+        (["trainer.learning_rate=1e-6"], 1, "not as expected: eval_loss is"),
     ]:
         done = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stderr
