@@ -7,7 +7,7 @@ demo: .venv/run
 	$(BIN)/python -m runner
 
 test: .venv/test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/test
 	$(BIN)/ruff check .
