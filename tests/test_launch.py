@@ -137,9 +137,9 @@ def test_a_rank_that_does_not_begin_in_time_ends_the_run(llama_dir, tmp_path, mo
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.syspath_prepend(tmp_path)
-    options = ["reward.function=late.score", "allow_code=[late.score]", *extras("grpo")[1:], "launch.start_timeout=20"]
+    options = ["reward.function=late.score", "allow_code=[late.score]", *extras("grpo")[1:], "launch.start_timeout=12"]
     run_dir, node = begin(tmp_path, "trainer=grpo", f"model.name_or_path={llama_dir}", *TWO, *options)
-    with pytest.raises(RunStopped, match="2 of 2 ranks did not begin to train in 20 s"):
+    with pytest.raises(RunStopped, match="2 of 2 ranks did not begin to train in 12 s"):
         launch.launch(run_dir, node)
 
 
