@@ -34,8 +34,6 @@ WAYS = ["SIGKILL, any moment", "SIGKILL, in a save", "SIGTERM, any moment", "ful
 KILLS = 3  # of a run, at most
 STEPS = 8
 ROOM = 48 << 20  # bytes of the small disk
-CLOCKS = ("seconds", "time/", "step_time", "train_runtime", "train_samples_per", "train_steps_per", "eval_runtime",
-          "eval_samples_per", "eval_steps_per")  # fmt: skip
 
 
 # ---- runs ---------------------------------------------------------------------------------------------------------
@@ -100,6 +98,8 @@ def _run(run_dir: Path) -> int:
 
 def result(run_dir: Path) -> tuple[str, list[dict[str, Any]]]:
     """Return the digest of a run's weights, and its metrics without what clocks say."""
+    from runner.replay import CLOCKS
+
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     told = [{key: value for key, value in line.items() if not key.startswith(CLOCKS)} for line in lines]
     return json.loads((run_dir / "manifest.json").read_text())["result_sha256"], told

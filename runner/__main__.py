@@ -119,11 +119,9 @@ def main() -> None:
 
 def led_to() -> Path | None:
     """Return the directory of the first rank, where somebody else's launcher started this one as another."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        return None
-    from runner import launch
+    from runner import launch, manifest
 
-    return launch.agree(None) if launch.is_led() else None
+    return launch.agree(None) if manifest.rank() and launch.is_led() else None
 
 
 def find_resumed(argv: list[str]) -> Path | None:

@@ -130,7 +130,7 @@ class Guards(TrainerCallback):
         after = _fingerprint(model)
         if not _is_finite(after):
             raise RunStopped(f"the weights are not finite after step {state.global_step + 1}. {_advice(args)}")
-        self.moved = _over_ranks(float((after != self.before).any())) > 0
+        self.moved = over_ranks(float((after != self.before).any())) > 0
         if self.moved:
             self.before = None
         elif self.gradient:
@@ -277,16 +277,16 @@ def _largest_gradient(model: Any) -> float | None:
     """Return the largest absolute gradient over all ranks; None where it is kept elsewhere (DeepSpeed)."""
     gradients = [_local(p.grad) for _, p in _trainable(model) if p.grad is not None]
     sizes = [torch.linalg.vector_norm(g, ord=math.inf).float().cpu() for g in gradients if g.numel()]
-    seen = _over_ranks(float(len(sizes)))
-    largest = _over_ranks(float(torch.stack(sizes).max()) if sizes else 0.0)  # max and sum both keep NaN
+    seen = over_ranks(float(len(sizes)))
+    largest = over_ranks(float(torch.stack(sizes).max()) if sizes else 0.0)  # max and sum both keep NaN
     return largest if seen else None
 
 
-def _over_ranks(value: float) -> float:
-    """Return the sum over all ranks, so that they decide alike and none waits for one that stopped."""
+def over_ranks(value: float, *, largest: bool = False) -> float:
+    """Return the sum, or the largest, over all ranks, so that they decide alike and none waits for one that stopped."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return value
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
     tensor = torch.tensor(value, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(tensor)
+    torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM)
     return float(tensor)

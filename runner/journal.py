@@ -12,6 +12,7 @@ from runner.errors import ConfigError
 
 JOURNAL = "study.journal"
 STUDY = "sweep"
+TRIAL = "trial.json"  # in a trial's directory: where it is compared with others while it runs
 IDENTITY = "identity"  # user attribute of the study
 STATE = "state"  # user attribute of a trial: what the sampler keeps beside the trials
 

@@ -4,6 +4,7 @@ A rank is ``python -m runner.run RUN_DIR``; what it says goes to ``ranks/`` in t
 says to the terminal, too. Inside, SIGUSR1 asks a rank to end its step and save, and SIGTERM ends it at once.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -94,7 +95,8 @@ def _watch(
         if again or not pids:
             agent.terminate()
         for pid in pids:
-            os.kill(pid, signal.SIGKILL if again else signal.SIGUSR1)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, signal.SIGKILL if again else signal.SIGUSR1)
 
     start = time.monotonic()
     with (ranks / "agent.log").open("w", encoding="utf-8") as log:  # a session of its own: Ctrl-C comes here only

@@ -97,8 +97,8 @@ def create(run_dir: str | Path, *, argv: Sequence[str] | None = None, **fields: 
         "argv": list(sys.argv if argv is None else argv),
         "config_sha256": digest(config) if config.is_file() else None,
         "git": _git(),
-        "versions": _versions(LIBRARIES),
-        "packages": _versions(sorted({dist.name.lower() for dist in importlib.metadata.distributions()})),
+        "versions": _versions(),
+        "packages": dict(sorted((dist.name.lower(), dist.version) for dist in importlib.metadata.distributions())),
         "platform": _platform(),
         **fields,
     }
@@ -315,9 +315,9 @@ def _peak_memory() -> dict[str, int]:
     return peak
 
 
-def _versions(libraries: Sequence[str]) -> dict[str, str]:
+def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
-    for library in libraries:
+    for library in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[library] = importlib.metadata.version(library)
     return versions

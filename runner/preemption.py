@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from runner import launch, manifest
+from runner.callbacks import over_ranks
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 DEADLINE = 1 << 10  # among the numbers of signals
@@ -57,7 +58,7 @@ class Preemption(TrainerCallback):
         self.longest, self.last = max(self.longest, now - self.last), now
         if self.max_seconds and now - self.start + 2 * self.longest > self.max_seconds:
             self.reason = self.reason or DEADLINE
-        if reason := _over_ranks(self.reason):
+        if reason := int(over_ranks(self.reason, largest=True)):
             near = reason == DEADLINE
             self.cause = (
                 f"max_seconds={self.max_seconds:g} is near" if near else f"stopped by {signal.Signals(reason).name}"
@@ -82,18 +83,6 @@ class Preemption(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let what follows training be interrupted."""
         self.training = False
-
-
-def _over_ranks(number: int) -> int:
-    """Return the largest number over all ranks, so that they end at the same step."""
-    import torch
-
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return number
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor(number, device=device)
-    torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
-    return int(tensor)
 
 
 @contextlib.contextmanager

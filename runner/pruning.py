@@ -12,9 +12,7 @@ from transformers import TrainerCallback
 
 from runner import manifest
 from runner.errors import RunPruned
-from runner.journal import STUDY, open_storage
-
-FILE = "trial.json"  # in a trial's directory, where it is compared with others
+from runner.journal import STUDY, TRIAL, open_storage
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +89,7 @@ def reporting(trainer: Any, run_dir: Path) -> Iterator[None]:
     Raises:
         RunPruned: It was, and its metrics so far are in its manifest.
     """
-    about = json.loads((run_dir / FILE).read_text(encoding="utf-8")) if (run_dir / FILE).exists() else {}
+    about = json.loads((run_dir / TRIAL).read_text(encoding="utf-8")) if (run_dir / TRIAL).exists() else {}
     path = run_dir / about.pop("journal", "")
     callback = Pruning(path, **about) if path.is_file() else None
     if callback is None or callback.trial.state.is_finished():  # a trial that goes on after its sweep

@@ -12,6 +12,7 @@ import yaml
 
 from runner import compose, manifest
 from runner.errors import ConfigError, RunPreempted, RunStopped
+from runner.resume import flat
 from runner.safety import RUN_CODE, find_dangers
 
 CLOCKS = ("seconds", "time/", "step_time", "train_runtime", "train_samples_per", "train_steps_per", "eval_runtime",
@@ -61,7 +62,7 @@ def replay(run_dir: Path, output_dir: Path | None = None, **workers: int) -> str
     if record["status"] != "completed":
         raise ConfigError(f"{run_dir} cannot be compared with: its status is {record['status']}, not completed.")
     config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    if code := [key for key, value in _leaves(config) if value and key.rpartition(".")[2] in RUN_CODE]:
+    if code := [key for key, value in flat(config).items() if value and key.rpartition(".")[2] in RUN_CODE]:
         raise ConfigError(f"{run_dir} cannot be replayed: {', '.join(code)} runs code that only typing it can allow.")
     if dangers := find_dangers(config, set()):
         raise ConfigError("\n".join(dangers))
@@ -87,7 +88,7 @@ def replay(run_dir: Path, output_dir: Path | None = None, **workers: int) -> str
 def differences(one: Any, other: Any, names: list[str]) -> Iterator[str]:
     """Yield what two manifests say otherwise under some dotted names."""
     for name in names:
-        old, new = dict(_leaves(_at(one, name), name)), dict(_leaves(_at(other, name), name))
+        old, new = flat(_at(one, name), name), flat(_at(other, name), name)
         for key in sorted(old | new):
             if old.get(key) != new.get(key):
                 yield f"{key} was {old.get(key)} and is {new.get(key)}"
@@ -114,14 +115,6 @@ def _at(tree: Any, name: str) -> Any:
     for key in name.split("."):
         tree = tree.get(key) if isinstance(tree, dict) else None
     return tree
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, tree
 
 
 if __name__ == "__main__":

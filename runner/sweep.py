@@ -22,7 +22,6 @@ from runner.leaderboard import Row, say
 from runner.search import Plan
 from runner.trials import Job, Trial
 
-TRIAL = "trial.json"  # in a trial's directory, where it is compared with others while it runs
 BEAT = 1.0  # seconds between two looks at running trials
 
 logger = logging.getLogger(__name__)
@@ -140,7 +139,7 @@ class Sweep:
         if self.plan.search.pruner != "none":
             about = {"journal": f"../{journal.JOURNAL}", "number": number}
             about |= {"objective": self.plan.objectives[0], "pruner": self.plan.search.pruner}
-            (run_dir / TRIAL).write_text(json.dumps(about), encoding="utf-8")
+            (run_dir / journal.TRIAL).write_text(json.dumps(about), encoding="utf-8")
         slot = self.free.pop(0)
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(self.places[slot])} if self.places else {}
         shown = [text.removeprefix("++") for text in overrides]

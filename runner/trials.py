@@ -19,7 +19,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from runner import manifest
+from runner import hardware, manifest
 from runner.errors import ConfigError
 
 PRELOAD = ["runner.__main__", "runner.run", "runner.freeze", "trl", "peft", "datasets", "optuna", "pydantic",
@@ -165,8 +165,7 @@ def devices(per_trial: int | None, slots: int) -> list[list[str]] | None:
 def threads(slots: int) -> int:
     """Return how many threads each of the parallel trials computes with."""
     given = os.environ.get("OMP_NUM_THREADS", "")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(given) if given.isdigit() and int(given) else max(1, cores // slots)
+    return int(given) if given.isdigit() and int(given) else max(1, hardware.cores() // slots)
 
 
 def _context() -> Any:

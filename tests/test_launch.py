@@ -8,9 +8,10 @@ import sys
 import time
 
 import pytest
+import test_resume
 import torch
 from safetensors.torch import load_file
-from test_resume import logged
+from test_resume import logged, wait_for
 from test_run import SMALL, extras, losses, start
 
 from runner import checkpoints, compose, launch, manifest
@@ -34,19 +35,7 @@ def begin(tmp_path, *overrides, name="run"):
 
 
 def spawn(tmp_path, *words):
-    command = [sys.executable, "-u", "-m", "runner", *SMALL, *STEPS, *words, f"output_dir={tmp_path / 'run'}"]
-    return subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )  # fmt: skip
-
-
-def wait_for(process, text):
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if text in line:
-            return
-    raise AssertionError(f"{text!r} did not come:\n{seen}")
+    return test_resume.spawn(tmp_path, *SMALL, *STEPS, *words, f"output_dir={tmp_path / 'run'}")
 
 
 @pytest.mark.parametrize("trainer", ["sft", "dpo", "grpo", "reward", "ppo"])
