@@ -17,6 +17,7 @@ lint: .venv/test
 bench: .venv/run
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/tokenizing.py
 	$(BIN)/python benchmarks/ppo.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/faults.py

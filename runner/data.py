@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import ConfigError
@@ -22,6 +22,7 @@ class Splits:
 
     Attributes:
         held_out: the eval rows with all their columns, for samples and scores under any trainer.
+        ids: of ``train`` and ``eval``, once ``tokens.fit_splits`` has made them: a row of token ids for each row.
         report: for the manifest: of ``train`` and ``eval``, in a mixture also of each of ``sources``, see
             ``sources.Part``.
     """
@@ -30,6 +31,7 @@ class Splits:
     eval: "Dataset | None"
     held_out: list[Row]
     report: dict[str, Any]
+    ids: dict[str, "Dataset"] = field(default_factory=dict)
 
 
 def load_splits(

@@ -57,7 +57,7 @@ def plan_run(trainer: str, arguments: Any, *, audit: dict[str, Any], evaluates: 
     length = audit["tokens"] / audit["sequences"]
     if audit.get("packed") and getattr(arguments, "packing", False):
         length = audit["tokens"] / audit["packed"]
-    if online := _samples(arguments):
+    if online := answers_prompts(arguments):
         length += arguments.max_completion_length or 0
     sides = 1 if online else audit["sequences"] / (audit["rows"] - audit["dropped"])
     return Plan(
@@ -71,7 +71,7 @@ def plan_run(trainer: str, arguments: Any, *, audit: dict[str, Any], evaluates: 
     )
 
 
-def _samples(arguments: Any) -> bool:
+def answers_prompts(arguments: Any) -> bool:
     """Tell whether a trainer answers its prompts itself."""
     return hasattr(arguments, "steps_per_generation") or hasattr(arguments, "rollout_rows")
 
@@ -193,7 +193,7 @@ def work_of(
     sequences, length = sides * batch, audit["longest"]
     scored = min(sequences * audit["completion_tokens"]["p90"], sequences * length)
     graphs = 1
-    if _samples(arguments):
+    if answers_prompts(arguments):
         answer = arguments.max_completion_length or 0
         length = audit["longest"] + answer
         scored = batch * answer

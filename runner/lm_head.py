@@ -11,6 +11,11 @@ VERSIONS = ("1.16",)  # minor versions of TRL whose source was read and whose lo
 COMPILED = frozenset({"neuron", "xla", "hpu"})  # compile for each shape, so that fewer positions cost more
 
 
+def knows_trl() -> bool:
+    """Tell whether the source of the installed TRL was read, and its private parts are what we take them for."""
+    return version("trl").rsplit(".", 1)[0] in VERSIONS
+
+
 def compact_lm_head() -> bool:
     """Let TRL leave prompt and padding out of the LM head; return whether it will.
 
@@ -22,13 +27,11 @@ def compact_lm_head() -> bool:
     """
     from trl.trainer import utils
 
-    found = version("trl")
     switch: Any = getattr(utils, "_use_triton", None)
     if getattr(switch, "compacts", False):
         return True
-    known = found.rsplit(".", 1)[0] in VERSIONS and switch is not None
-    if not known or inspect.getsource(utils).count("_use_triton(") != 1:
-        logger.info("TRL %s scores every position on devices without Triton: its own way is kept", found)
+    if not knows_trl() or switch is None or inspect.getsource(utils).count("_use_triton(") != 1:
+        logger.info("TRL %s scores every position on devices without Triton: its own way is kept", version("trl"))
         return False
 
     def compacts(device: Any) -> bool:

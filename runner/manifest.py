@@ -53,6 +53,7 @@ FIELDS = {
     "data": "per split: rows read, kept and dropped by reason, files, fingerprint of the canonical rows",
     "findings": "what a person should know of rows and tokens, as python -m runner.check says it",
     "plan": "optimizer steps, tokens, evaluations and checkpoints that were foreseen",
+    "memory": "bytes that were foreseen for one process, by part, and their peak",
     "speed": "seconds of an optimizer step, and tokens in a second",
     "tokens": "per split: the audit of what the model reads",
     "rows": "rows to train on",

@@ -5,8 +5,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from runner.encoding import Spelt, spell_rows
 from runner.errors import ConfigError, RunStopped
-from runner.tokens import Spelt, spell_rows
 
 COLOUR, PLAIN = ("\033[7;32m", "\033[0m"), ("[[", "]]")
 SHOWN = 1_200  # characters of a sequence, its start and its end

@@ -10,10 +10,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from runner import adapters, estimate, hardware, models, reach, skeleton, trainers
+from runner import estimate, foresight, hardware, reach, trainers
 from runner.callbacks import duration
 from runner.checkup import Check, Passed, need, say, size, table
-from runner.config import build, given
 from runner.findings import Finding, percent
 
 
@@ -22,22 +21,11 @@ def check_model(done: Check) -> dict[str, Any]:
     need(done, "model.")
     if done.arguments is None:
         raise Passed("it needs rows and a tokenizer")
-    config, arguments = done.config, done.arguments
-    adapter = adapters.peft_for(build(config["peft"]), trainer=done.trainer) if config["peft"] else None
-    device = hardware.device_type(use_cpu=arguments.use_cpu)
-    frozen = bool(config["peft"]) or bool(config["quantization"])
-    dtype = hardware.weights_dtype(config["model"].get("dtype", "auto"), frozen=frozen, device=device)
-    model = skeleton.build(
-        config["model"], tokenizer=done.tokenizer, adapter=adapter, classifier=done.trainer == "reward", dtype=dtype
-    )
-    train = {"audit": done.audit["train"], "samples": config["samples"], "held_out": 0, "copies": 0}
-    work = estimate.work_of(done.trainer, arguments, **train)
-    shape = {"sequences": work.sequences, "length": max(2, round(work.length))}
-    found = skeleton.measure(model, quantization=config["quantization"] or None, arguments=arguments, **shape)
-    base = found
-    if done.trainer == "ppo":
-        found = _with_value_function(done, found, model, shape)
-    done.model, done.copies = found, _copies(done, base, adapter)
+    for key in reach.reward_models(done.config["reward"]) if done.reads == "prompt" else ():
+        if f"{key}.name_or_path" in done.absent:
+            say(f"  {key} is not counted: it is not here")
+    done.model, done.copies = foresight.count_models(done.config, absent=done.absent, **_shape(done))
+    found = done.model
     share = found.trainable / found.parameters
     table({
         "parameters": f"{found.parameters:,}, weights {size(found.weights)}",
@@ -45,49 +33,16 @@ def check_model(done: Check) -> dict[str, Any]:
         **{f"  {module}": f"{count:,}" for module, count in found.by_module.items()},
         **{name: size(held) for name, held in done.copies.items()},
     })  # fmt: skip
-    if found.context and work.length > found.context:
-        text = f"sequences of {work.length:.0f} tokens are longer than the model's context of {found.context}."
+    longest = done.audit["train"]["longest"] + (getattr(done.arguments, "max_completion_length", None) or 0)
+    if found.context and longest > found.context:
+        text = f"sequences of {longest} tokens are longer than the model's context of {found.context}."
         done.add(Finding("context", text))
     return {**asdict(found), "further_models": done.copies}
 
 
-def _with_value_function(done: Check, policy: estimate.Model, model: Any, shape: dict[str, int]) -> estimate.Model:
-    mode = done.config["trainer"].get("value_mode") or ("adapter" if done.config["peft"] else "separate")
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    value = None
-    if mode == "separate":
-        node = done.config.get("value_model") or _like_policy(done) or done.config["model"]
-        own = skeleton.build(node, tokenizer=done.tokenizer, classifier=True)
-        value = skeleton.measure(own, quantization=None, arguments=done.arguments, **shape)
-    return skeleton.with_value_function(policy, mode, base.config.get_text_config().hidden_size, value)
-
-
-def _like_policy(done: Check) -> dict[str, Any] | None:
-    """Return the reward model that a value model would be copied from: one of the policy's vocabulary."""
-    for key, node in reach.reward_models(done.config["reward"]).items():
-        if f"{key}.name_or_path" not in done.absent:
-            tokenizer = models.load_tokenizer(**given(models.load_tokenizer, node))
-            if tokenizer.get_vocab() == done.tokenizer.get_vocab():
-                return node
-    return None
-
-
-def _copies(done: Check, policy: estimate.Model, adapter: Any) -> dict[str, float]:
-    """Return the bytes of models beside the one that trains: a reference, rewards."""
-    arguments, found = done.arguments, {}
-    pulls = getattr(arguments, "beta", 0) if done.trainer != "ppo" else arguments.needs_reference
-    precomputed = getattr(arguments, "precompute_ref_log_probs", False)
-    if adapter is None and pulls and not precomputed and done.trainer in ("dpo", "kto", "grpo", "rloo", "ppo"):
-        found["reference"] = policy.weights
-    nodes = reach.reward_models(done.config["reward"]) if done.reads == "prompt" else {}
-    for key, node in nodes.items():
-        if f"{key}.name_or_path" in done.absent:
-            say(f"  {key} is not counted: it is not here")
-            continue
-        tokenizer = models.load_tokenizer(**given(models.load_tokenizer, node))
-        judge = skeleton.build(node, tokenizer=tokenizer, classifier=True)
-        found[key] = 4.0 * sum(parameter.numel() for parameter in judge.parameters())
-    return found
+def _shape(done: Check) -> dict[str, Any]:
+    about = {"trainer": done.trainer, "tokenizer": done.tokenizer}
+    return {**about, "arguments": done.arguments, "audit": done.audit["train"]}
 
 
 def check_plan(done: Check) -> dict[str, Any]:
@@ -131,15 +86,10 @@ def check_memory(done: Check) -> dict[str, Any]:
     if done.model is None or done.plan is None:
         raise Passed("it needs rows, a tokenizer and the model's config")
     device = hardware.device_type(use_cpu=done.arguments.use_cpu)
-    work = estimate.work_of(
-        done.trainer,
-        done.arguments,
-        audit=done.audit["train"],
-        samples=done.config["samples"],
-        held_out=len(done.rows.held_out),
-        copies=sum(done.copies.values()),
+    counted = (done.model, done.copies)
+    parts, work = foresight.foresee_memory(
+        done.config, held_out=len(done.rows.held_out), counted=counted, **_shape(done)
     )
-    parts = estimate.estimate_memory(done.model, work)
     table({name: size(held) for name, held in parts.items() if held and name != "peak"})
     there = hardware.memory_bytes(device)
     say(f"  peak, about {size(parts['peak'])}" + (f" of {size(there)} ({device})" if there else ""))
@@ -221,13 +171,10 @@ class _Clock(TrainerCallback):
 
 def _longest(done: Check, count: int) -> Any:
     """Return as many of the longest rows as a step reads, or a rollout of PPO."""
-    from runner.tokens import count_tokens
-
     count = getattr(done.arguments, "rollout_rows", count)
-    train = done.rows.train
-    counted = count_tokens(train.to_list(), done.tokenizer, reads=done.reads)
-    order = sorted(range(len(train)), key=lambda row: -max(one.total for one in counted[row]))
-    return train.select(order[:count])
+    counted = done.rows.ids["train"].select_columns("counts").to_list()
+    order = sorted(range(len(counted)), key=lambda row: -max(one["total"] for one in counted[row]["counts"]))
+    return done.rows.train.select(order[:count])
 
 
 def _peak() -> int:

@@ -19,11 +19,13 @@ from runner import (
     data,
     estimate,
     findings,
+    foresight,
     hardware,
     launch,
     manifest,
     models,
     preemption,
+    prepared,
     pruning,
     report,
     tokens,
@@ -71,13 +73,15 @@ def run(run_dir: Path) -> dict[str, float]:
             global_batch_size=config.get("global_batch_size"),
         )  # fmt: skip
         trainers.refuse(arguments, prompts=len(rows.train), adapted=bool(config["peft"]))
-        facts = {"chosen": chosen, "untrained_rewards": scoring.untrained, **foresee(name, loaded, audit, arguments)}
+        facts = {"chosen": chosen, "untrained_rewards": scoring.untrained}
+        facts |= foresee(config, name, loaded, audit, arguments, tokenizer)
         manifest.update(run_dir, **facts, hardware=hardware.describe())
 
         model, adapter = trainers.load_model(name, tokenizer, config, arguments)
+        train, held_out = prepared.choose_rows(rows, arguments, trainer=name)
         trainer = trainers.build_trainer(
-            config, model=model, adapter=adapter, arguments=arguments, tokenizer=tokenizer, train=rows.train,
-            held_out=rows.eval, scoring=scoring, run_dir=run_dir,
+            config, model=model, adapter=adapter, arguments=arguments, tokenizer=tokenizer, train=train,
+            held_out=held_out, scoring=scoring, run_dir=run_dir,
         )  # fmt: skip
         trainers.add_samples(trainer, rows.held_out, scoring, run_dir, **config["samples"])
         manifest.update(run_dir, **trainers.describe(trainer))
@@ -94,12 +98,20 @@ def run(run_dir: Path) -> dict[str, float]:
     return metrics
 
 
-def foresee(name: str, loaded: data.Splits, audit: dict[str, Any], arguments: Any) -> dict[str, Any]:
-    """Return what ``python -m runner.check`` says of the rows, and how long it expects the run to be."""
+def foresee(
+    config: dict[str, Any], name: str, loaded: data.Splits, audit: dict[str, Any], arguments: Any, tokenizer: Any
+) -> dict[str, Any]:
+    """Return what ``python -m runner.check`` says of the rows, and how long and how large it expects the run to be."""
     limit = getattr(arguments, "max_length", None) or getattr(arguments, "max_prompt_length", None)
     found = [*findings.of_splits(loaded), *findings.of_tokens(audit, trainer=name, max_length=limit)]
     plan = estimate.plan_run(name, arguments, audit=audit["train"], evaluates=loaded.eval is not None)
-    return {"tokens": audit, "findings": [asdict(one) for one in found], "plan": asdict(plan)}
+    facts = {"tokens": audit, "findings": [asdict(one) for one in found], "plan": asdict(plan)}
+    about = {"trainer": name, "tokenizer": tokenizer, "arguments": arguments, "audit": audit["train"]}
+    try:
+        facts["memory"], _ = foresight.foresee_memory(config, held_out=len(loaded.held_out), **about)
+    except Exception as error:  # noqa: BLE001  what cannot be foreseen may still be done
+        logger.warning("The memory cannot be foreseen: %s", error)
+    return facts
 
 
 def publish(run_dir: Path, trainer: Any) -> None:

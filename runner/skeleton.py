@@ -151,36 +151,60 @@ ADAPTED = ("lora_", "miss_", "randlora_", "oft_", "ia3_", "hada_", "vera_", "mod
 
 
 def _kept(model: Any, base: Any, sequences: int, length: int, arguments: Any) -> float:
-    """Return the bytes by token that a forward pass holds for the backward pass: run it on tensors without data."""
+    """Return the bytes by token that a forward pass holds for the backward pass: run it on tensors without data.
+
+    Where all layers are alike, two of them are run and then one: the others hold what the second did.
+    """
+    config, inner = base.config.get_text_config(), base.base_model
+    many = config.num_hidden_layers
+    name = next((n for n, m in inner.named_children() if isinstance(m, nn.ModuleList) and len(m) == many), "")
+    layers = getattr(inner, name) if name else []
+    try:
+        if not _alike(layers, config):
+            return _run_without_data(model, base, sequences, length, arguments)
+        held = []
+        for count in (2, 1):
+            setattr(inner, name, nn.ModuleList(layers[:count]))
+            held.append(_run_without_data(model, base, sequences, length, arguments))
+        return held[1] + (held[0] - held[1]) * (many - 1)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        logger.info("Activations are a rule of thumb: the model cannot run without data (%s)", error)
+        width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        return 4 * many * (10 * config.hidden_size + 4 * width)
+    finally:
+        if name:
+            setattr(inner, name, layers)
+
+
+def _alike(layers: Any, config: Any) -> bool:
+    shapes = {(type(layer), tuple(parameter.shape for parameter in layer.parameters())) for layer in layers}
+    return len(shapes) == 1 and len(set(getattr(config, "layer_types", None) or [""])) == 1
+
+
+def _run_without_data(model: Any, base: Any, sequences: int, length: int, arguments: Any) -> float:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     device = hardware.device_type(use_cpu=arguments.use_cpu)
     half = torch.bfloat16 if arguments.bf16 else torch.float16
     kept: dict[int, Any] = {}
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            _fill(model, device)
-            own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _fill(model, device)
+        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
-            def keep(tensor: torch.Tensor) -> torch.Tensor:
-                storage = tensor.untyped_storage()
-                if storage._cdata not in own:
-                    kept[storage._cdata] = storage
-                return tensor
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage
+            return tensor
 
-            ids = torch.ones((sequences, length), dtype=torch.long, device=device)
-            model.train()
-            autocast = torch.autocast(device, dtype=half, enabled=bool(arguments.bf16 or arguments.fp16))
-            with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                base.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-            pieces = [storage.nbytes() for storage in kept.values()]
-            held = sum(piece * (HOLES if device == "cpu" and piece < HEAP_PIECE else 1) for piece in pieces)
-            return held / (sequences * length)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
-        config = base.config.get_text_config()
-        logger.info("Activations are a rule of thumb: the model cannot run without data (%s)", error)
-        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        return 4 * config.num_hidden_layers * (10 * config.hidden_size + 4 * inner)
+        ids = torch.ones((sequences, length), dtype=torch.long, device=device)
+        model.train()
+        autocast = torch.autocast(device, dtype=half, enabled=bool(arguments.bf16 or arguments.fp16))
+        with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            base.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        pieces = [storage.nbytes() for storage in kept.values()]
+    held = sum(piece * (HOLES if device == "cpu" and piece < HEAP_PIECE else 1) for piece in pieces)
+    return held / (sequences * length)
 
 
 def _fill(model: Any, device: str) -> None:

@@ -1,16 +1,15 @@
-"""Counting tokens as TRL will: which rows are too long, and whether what should be learnt is in the loss."""
+"""Auditing the tokens of rows: which rows are too long, and whether what should be learnt is in the loss."""
 
-import json
 import logging
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
 from math import ceil, isfinite
 from typing import TYPE_CHECKING, Any
 
+from runner.encoding import Counts, encode
 from runner.errors import ConfigError
-from runner.rows import Row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,31 +19,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CHUNK_ROWS = 1_000  # tokens of so many rows are held at once
 PACKED_ROWS = 1_000  # as datasets.map batches them
 SHOWN_ROWS = 5
 FIRST_ROWS = 2
-
-Content = str | list[dict[str, Any]]  # text or messages
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Tokens of one sequence: an answer after its prompt, a text or a chat as a whole, or a prompt alone.
-
-    Attributes:
-        prompt: tokens before the answer, which are not learnt.
-        total: all tokens.
-        stops: the last token, whitespace aside, is one that ends a turn or the text.
-        bos: beginning-of-sequence tokens at the start; 2 when both template and tokenizer put one.
-        differs: alone, the prompt is rendered otherwise than before the answer.
-    """
-
-    prompt: int
-    total: int
-    stops: bool
-    bos: int
-    differs: bool
 
 
 def fit_splits(
@@ -56,14 +33,14 @@ def fit_splits(
     too_long: str,
     trainer: str = "",
 ) -> tuple["Splits", dict[str, Any]]:
-    """Apply ``fit_lengths`` to the train and eval rows; return them, and the audit of each."""
-    fitted, audit = {}, {}
+    """Apply ``fit_lengths`` to the train and eval rows; return them with their token ids, and the audit of each."""
+    fitted, ids, audit = {}, {}, {}
     for name, dataset in (("train", splits.train), ("eval", splits.eval)):
         if dataset is not None:
-            fitted[name], audit[name] = fit_lengths(
+            fitted[name], ids[name], audit[name] = fit_lengths(
                 dataset, tokenizer, reads=reads, max_length=max_length, too_long=too_long, name=name, trainer=trainer
             )
-    return replace(splits, **fitted), audit
+    return replace(splits, ids=ids, **fitted), audit
 
 
 def fit_lengths(
@@ -75,7 +52,7 @@ def fit_lengths(
     too_long: str,
     name: str,
     trainer: str = "",
-) -> tuple["Dataset", dict[str, Any]]:
+) -> tuple["Dataset", "Dataset", dict[str, Any]]:
     """Apply the policy for rows over ``max_length``, and audit the tokens.
 
     TRL 1.16 has policies of its own, without a word. SFT cuts the end, and leaves a row out when nothing is left
@@ -93,11 +70,12 @@ def fit_lengths(
         trainer: its name; ``reward`` and TRL's online trainers cannot truncate, ``ppo`` keeps the end of a prompt.
 
     Returns:
-        The rows that fit, and the audit: ``rows``, ``over_length`` and ``dropped`` count rows; ``truncated``,
-        ``stop_token_in_loss``, ``bos``, ``double_bos`` and ``prompt_differs`` are shares of the sequences that are
-        left, ``no_supervised_token`` of all rows; quantiles are of all sequences, whole; ``tokens`` are trained on
-        in an epoch, in ``sequences``, the longest of ``longest``, which fill ``packed`` ones; ``examples`` are the
-        first rows of each finding, numbered from 1, and the first and the longest that are kept.
+        The rows that fit; their token ids, see ``encoding.encode``; and the audit: ``rows``, ``over_length`` and
+        ``dropped`` count rows; ``truncated``, ``stop_token_in_loss``, ``bos``, ``double_bos`` and ``prompt_differs``
+        are shares of the sequences that are left, ``no_supervised_token`` of all rows; quantiles are of all
+        sequences, whole; ``tokens`` are trained on in an epoch, in ``sequences``, the longest of ``longest``, which
+        fill ``packed`` ones; ``examples`` are the first rows of each finding, numbered from 1, and the first and the
+        longest that are kept.
 
     Raises:
         ConfigError: rows are too long (``fail``), none is left, the trainer cannot truncate, or the chat template
@@ -105,10 +83,8 @@ def fit_lengths(
     """
     key = _refuse_policy(too_long, max_length, reads, trainer)
     tools = reads != "prompt" or trainer == "ppo"
-    counted: list[list[Counts]] = []
-    for start in range(0, len(dataset), CHUNK_ROWS):
-        chunk = dataset.select(range(start, min(start + CHUNK_ROWS, len(dataset)))).to_list()
-        counted += count_tokens(chunk, tokenizer, reads=reads, first_row=start + 1, tools=tools)
+    ids = encode(dataset, tokenizer, reads=reads, trainer=trainer, tools=tools, name=name)
+    counted = [[Counts(**one) for one in row["counts"]] for row in ids.select_columns("counts").to_list()]
     limit = float("inf") if max_length is None else max_length
     kept, over, unlearnt = _apply(counted, limit, reads, too_long, name, key)
     audit = {
@@ -124,181 +100,9 @@ def fit_lengths(
         "examples": _examples(counted, set(kept), limit, reads),
     }
     _warn(name, audit, f"{key}={max_length}")
-    return (dataset if len(kept) == len(counted) else dataset.select(kept)), audit
-
-
-@dataclass(frozen=True)
-class Spelt:
-    """One sequence as the model reads it: token ids, those before the answer, and the texts that they spell."""
-
-    ids: list[int]
-    prompt: int
-    text: str
-    prompt_text: str  # as it is served: with the generation prompt, alone
-
-
-def spell_rows(
-    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", *, reads: str, tools: bool = True
-) -> list[list[Spelt]]:
-    """Return the sequences of each row, to be shown; arguments and errors are those of ``count_tokens``."""
-    spelt: list[list[Spelt]] = [[] for _ in rows]
-    for number, answer, (prompt_text, text), (boundary, ids) in _spell(rows, tokenizer, reads, 1, tools=tools):
-        spelt[number].append(Spelt(ids, len(ids) if answer is None else boundary, text, prompt_text))
-    return spelt
-
-
-def count_tokens(
-    rows: Sequence[Row],
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    reads: str,
-    first_row: int = 1,
-    tools: bool = True,
-) -> list[list[Counts]]:
-    """Count the tokens of each row: of its one sequence, or of chosen and rejected.
-
-    Text gets the special tokens of the tokenizer, and a stop token at its end; a chat only what its template gives,
-    where a row's ``tools`` are told to the template. Both are what TRL does; its online trainers ignore ``tools``.
-
-    Args:
-        rows: all text or all messages.
-        tokenizer: with chat template if rows are messages.
-        reads: what the trainer reads; of ``prompt`` only the prompt is counted.
-        first_row: number of the first row, for messages.
-        tools: whether the trainer tells the template a row's tools and variables.
-
-    Raises:
-        ConfigError: there is no chat template, or it refuses a row.
-    """
-    counted: list[list[Counts]] = [[] for _ in rows]
-    stops: set[int] = set()
-    for number, answer, (prompt_text, text), (boundary, ids) in _spell(rows, tokenizer, reads, first_row, tools=tools):
-        stops = stops or _stop_tokens(tokenizer, is_chat=_is_chat(rows[number], reads))
-        bos = next((place for place, token in enumerate(ids) if token != tokenizer.bos_token_id), len(ids))
-        counted[number].append(
-            Counts(
-                prompt=len(ids) if answer is None else boundary,
-                total=len(ids),
-                stops=_last_token(ids, tokenizer) in stops,
-                bos=bos,
-                differs=not text.startswith(prompt_text),
-            )
-        )
-    return counted
-
-
-def _is_chat(row: Row, reads: str) -> bool:
-    return any(isinstance(part, list) for part in _sequences(row, reads)[0])
-
-
-def _spell(
-    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", reads: str, first_row: int, *, tools: bool
-) -> Iterator[tuple[int, Content | None, tuple[str, str], tuple[int, list[int]]]]:
-    """Yield row, answer, (prompt, whole) as text, and (first token of the answer, ids) of every sequence."""
-    pairs = [(number, *pair) for number, row in enumerate(rows) for pair in _sequences(row, reads)]
-    if not pairs:
-        return
-    is_chat = _is_chat(rows[pairs[0][0]], reads)
-    texts = [
-        _render(rows[number], prompt, answer, tokenizer, first_row + number, tools=tools)
-        if is_chat
-        else _join(prompt, answer, tokenizer)
-        for number, prompt, answer in pairs
-    ]
-    encoded = _encode(texts, tokenizer, add_special_tokens=not is_chat)
-    for (number, _, answer), text, ids in zip(pairs, texts, encoded, strict=True):
-        yield number, answer, text, ids
-
-
-# ---------------------------------------------------------------- rows to text
-
-
-def _sequences(row: Row, reads: str) -> list[tuple[Content | None, Content | None]]:
-    """Split a row into the sequences that are trained on, each of a prompt and an answer."""
-    prompt = row.get("prompt")
-    if reads != "prompt":
-        for columns in (("completion",), ("chosen", "rejected"), ("messages",), ("text",)):
-            if all(row.get(column) is not None for column in columns):
-                return [(prompt, row[column]) for column in columns]
-    return [] if prompt is None else [(prompt, None)]
-
-
-def _join(prompt: Any, answer: Any, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
-    """Return a text prompt and the whole text."""
-    prompt = prompt or ""
-    if answer is None:
-        return prompt, prompt
-    end = "" if answer.endswith(tokenizer.eos_token) else tokenizer.eos_token
-    return prompt, prompt + answer + end
-
-
-def _render(
-    row: Row, prompt: Any, answer: Any, tokenizer: "PreTrainedTokenizerBase", number: int, *, tools: bool
-) -> tuple[str, str]:
-    """Return a chat's prompt and the whole chat, as the chat template writes them."""
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            "Rows of messages need a chat template, and the tokenizer has none. Type model.chat_template=FILE.jinja."
-        )
-    options: dict[str, Any] = {"tokenize": False}
-    if tools:
-        told = row.get("tools")
-        options["tools"] = json.loads(told) if isinstance(told, str) else told
-        options |= row.get("chat_template_kwargs") or {}
-    try:
-        before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options) if prompt else ""
-        whole = before if answer is None else tokenizer.apply_chat_template((prompt or []) + answer, **options)
-    except (TemplateError, TypeError) as error:
-        raise ConfigError(
-            f"The chat template refuses row {number}: {error}. Leave such rows out, or choose another template with "
-            "model.chat_template=FILE.jinja."
-        ) from error
-    return str(before), str(whole)
-
-
-# ---------------------------------------------------------------- text to tokens
-
-
-def _encode(
-    texts: Sequence[tuple[str, str]], tokenizer: "PreTrainedTokenizerBase", *, add_special_tokens: bool
-) -> Iterable[tuple[int, list[int]]]:
-    """Encode whole texts in one call, and find the first token of each answer."""
-    encoded = tokenizer(
-        [text for _, text in texts], add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
-    )
-    for number, (prompt, text) in enumerate(texts):
-        ids = encoded["input_ids"][number]
-        shared = len(prompt) if text.startswith(prompt) else _common_prefix(prompt, text)
-        if not shared:
-            yield 0, ids
-        elif encoded.is_fast:
-            # Leading whitespace may belong to no token: look a little further.
-            places = (encoded.char_to_token(number, place) for place in range(shared, min(shared + 8, len(text))))
-            yield next((place for place in places if place is not None), len(ids)), ids
-        else:
-            alone = tokenizer(prompt, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-            yield _common_prefix(alone, ids), ids
-
-
-def _common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
-def _stop_tokens(tokenizer: "PreTrainedTokenizerBase", *, is_chat: bool) -> set[int]:
-    """Return the tokens that end a text, or a turn in the chat template."""
-    stops = {tokenizer.eos_token_id}
-    if is_chat:
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\u2042"}]
-        end = str(tokenizer.apply_chat_template(probe, tokenize=False)).rpartition("\u2042")[2].strip()
-        stops |= set(tokenizer(end, add_special_tokens=False)["input_ids"][:1])
-    return stops
-
-
-def _last_token(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    return next((token for token in reversed(ids) if str(tokenizer.decode([token])).strip()), None)
+    if len(kept) == len(counted):
+        return dataset, ids, audit
+    return dataset.select(kept), ids.select(kept), audit
 
 
 # ---------------------------------------------------------------- counts to rows that fit, and findings

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from runner import adapters, callbacks, checkpoints, evaluation, hardware, lm_head, models, rewards
+from runner import adapters, callbacks, checkpoints, evaluation, hardware, lm_head, models, prepared, rewards
 from runner.config import accumulation, build, given, trainer_name
 from runner.errors import ConfigError, RunPreempted, RunStopped
 
@@ -137,7 +137,7 @@ def build_trainer(
         adapter: The adapter's config, or None for all weights.
         arguments: The trainer's arguments.
         tokenizer: The model's tokenizer.
-        train: Rows to train on.
+        train: Rows to train on, or their token ids.
         held_out: Rows to evaluate on, or None.
         scoring: What ``load_rewards`` gave, for trainers that optimise it.
         run_dir: Where metrics go.
@@ -147,7 +147,7 @@ def build_trainer(
     """
     from transformers import PrinterCallback
 
-    cls = trainer_class(config["trainer"]["_target_"])
+    cls = prepared.prepared(trainer_class(config["trainer"]["_target_"]))
     parts = _parts(cls, config, adapter, arguments, tokenizer, scoring)
     lm_head.compact_lm_head()
     try:

@@ -1,4 +1,7 @@
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before any library reads them: no hub, no telemetry, and one thread, which small models like best.
 os.environ |= {
@@ -7,6 +10,9 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the folder of the process that started them
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="runner-tests-")  # of token ids
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 from pathlib import Path
 

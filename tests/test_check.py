@@ -270,6 +270,9 @@ def test_a_run_has_the_steps_and_parameters_that_a_check_foresees(trainer, more,
     steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     record = manifest.read(run_dir)
     assert done.plan.steps == max(steps) == record["plan"]["steps"]
+    foreseen = {name: size for name, size in done.facts["memory"].items() if name in record["memory"]}
+    assert record["memory"] == foreseen
+    assert set(foreseen) >= {"weights", "activations", "peak"}
     assert done.plan.checkpoints == len(list((run_dir / "checkpoints").glob("checkpoint-*")))
     assert done.model.parameters == record["parameters"]
     assert done.model.trainable == record["trainable_parameters"]

@@ -4,9 +4,10 @@ import pytest
 from tiny import TEMPLATE, tiny_tokenizer
 
 from runner.data import load_splits
+from runner.encoding import Counts, encode_rows
 from runner.errors import ConfigError
 from runner.tables import make_features, make_table
-from runner.tokens import Counts, count_tokens, fit_lengths, fit_splits
+from runner.tokens import fit_lengths, fit_splits
 
 # The tiny tokenizer has one token for each of the letters z and q, and for each special token.
 # A chat is <|bos|>, then for each message its role, its letters and <|eos|>; an answer begins after <|assistant|>.
@@ -27,9 +28,14 @@ def table(rows):
 
 def fit(rows, tokenizer=None, *, reads="sft", max_length=None, too_long="drop", **options):
     tokenizer = tokenizer or tiny_tokenizer()
-    return fit_lengths(
-        table(rows), tokenizer, reads=reads, max_length=max_length, too_long=too_long, name="train", **options
-    )
+    limits = {"max_length": max_length, "too_long": too_long}
+    fitted, ids, audit = fit_lengths(table(rows), tokenizer, reads=reads, name="train", **limits, **options)
+    assert len(ids) == len(fitted)
+    return fitted, audit
+
+
+def count_tokens(rows, tokenizer, *, reads):
+    return [[Counts(**one) for one in row["counts"]] for row in encode_rows(rows, tokenizer, reads=reads)]
 
 
 def refusal(*arguments, **options):
@@ -219,46 +225,6 @@ def test_both_splits_of_a_run_are_fitted(tmp_path):
     fitted, audit = fit_splits(splits, tiny_tokenizer(), reads="sft", max_length=5, too_long="drop")
     assert [len(fitted.train), len(fitted.eval)] == [1, 1]
     assert [audit["train"]["dropped"], audit["eval"]["dropped"]] == [1, 1]
-
-
-ROWS = {
-    "chat": [preference("What is it?", "The end.", "Nothing at all"), preference("两地", " 八 ", "x\n\n")],
-    "text": [
-        {"prompt": "What is it? ", "chosen": "The end.", "rejected": " Nothing"},
-        {"prompt": "It is th", "chosen": "e other one", "rejected": "at one"},
-    ],
-}
-
-
-@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-@pytest.mark.parametrize("adds_bos", [False, True])
-@pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO", "Reward"])
-def test_the_counts_are_those_of_trl(rows, adds_bos, kind, tmp_path):
-    import trl
-
-    from runner.views import row_kind, view
-
-    tokenizer = tiny_tokenizer(adds_bos=adds_bos)
-    reads = row_kind(kind.lower())
-    dataset = table(view(reads, rows)[0])
-    cls = getattr(trl, f"{kind}Trainer")
-    trainer = cls.__new__(cls)  # only what its preparation of rows reads
-    trainer.__dict__.update(_tokenizer=tokenizer, completion_only_loss=True, chat_template=None, calculate_KL=False)
-    trainer.__dict__.update(desirable_weight=1.0, undesirable_weight=1.0)
-    arguments = getattr(trl, f"{kind}Config")(output_dir=str(tmp_path), use_cpu=True, bf16=False)
-    more = (False, None) if kind == "SFT" else ()
-    made = cls._prepare_dataset(trainer, dataset, tokenizer, arguments, *more, "train").to_list()
-    counted = count_tokens(dataset.to_list(), tokenizer, reads=reads)
-
-    if kind == "SFT":
-        theirs = [[(row["labels"].count(-100), len(row["input_ids"]))] for row in made]
-    elif kind == "Reward":
-        theirs = [[(0, len(row["chosen_ids"])), (0, len(row["rejected_ids"]))] for row in made]
-        counted = [[Counts(0, counts.total, True, 0, False) for counts in row] for row in counted]
-    else:
-        sides = ("completion_ids",) if kind == "KTO" else ("chosen_ids", "rejected_ids")
-        theirs = [[(len(row["prompt_ids"]), len(row["prompt_ids"]) + len(row[side])) for side in sides] for row in made]
-    assert [[(counts.prompt, counts.total) for counts in row] for row in counted] == theirs
 
 
 def test_a_tokenizer_without_offsets_is_counted_too():
