@@ -32,6 +32,8 @@ def choose_rows(splits: "Splits", arguments: Any, *, trainer: str) -> tuple["Dat
     if why or not knows_trl():
         logger.info("TRL prepares the rows itself: %s", ", ".join(why) or "its version is not one that is known here")
         return splits.train, splits.eval
+    if getattr(arguments, "dataset_num_proc", None):
+        logger.warning("trainer.dataset_num_proc has no effect: rows are tokenized in one pass, in this process.")
     train, held_out = (_columns(ids, columns, arguments) for ids in (splits.ids["train"], splits.ids.get("eval")))
     return train, held_out
 

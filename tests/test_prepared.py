@@ -79,6 +79,11 @@ def test_the_token_ids_are_those_of_trl(rows, adds_bos, kind, tmp_path):
     assert {"SFT": "labels", "DPO": "rejected_ids", "KTO": "KL_completion_ids", "Reward": "chosen_ids"}[kind] in ours[0]
 
 
+def test_processes_that_would_prepare_nothing_are_told(tmp_path, caplog):
+    both("SFT", ROWS["text"], tiny_tokenizer(), arguments_of("SFT", tmp_path, dataset_num_proc=2))
+    assert "trainer.dataset_num_proc has no effect" in caplog.text
+
+
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 def test_what_trl_would_cut_is_cut(mode, tmp_path):
     arguments = arguments_of("SFT", tmp_path, max_length=7, truncation_mode=mode)
