@@ -8,31 +8,18 @@ from runner.config import build, given
 
 
 def foresee_memory(
-    config: dict[str, Any],
-    *,
-    trainer: str,
-    tokenizer: Any,
-    arguments: Any,
-    audit: dict[str, Any],
-    held_out: int,
-    counted: tuple[estimate.Model, dict[str, float]] | None = None,
+    counted: tuple[estimate.Model, dict[str, float]], *, samples: dict[str, int], held_out: int, **shape: Any
 ) -> tuple[dict[str, int], estimate.Work]:
     """Return the bytes of each part of a run and of its peak, in one process, and the work that they are of.
 
     Args:
-        config: The run's config.
-        trainer: The trainer's short name.
-        tokenizer: The policy's.
-        arguments: The trainer's.
-        audit: Of the train rows, see ``tokens.fit_lengths``.
+        counted: What ``count_models`` gave.
+        samples: The config's node, of answers to held-out prompts.
         held_out: Rows whose prompts are answered.
-        counted: What ``count_models`` gave, where it was asked before.
+        shape: ``trainer``, ``arguments`` and ``audit``, as in ``count_models``.
     """
-    shape = {"trainer": trainer, "tokenizer": tokenizer, "arguments": arguments, "audit": audit}
-    model, copies = counted or count_models(config, **shape)
-    work = estimate.work_of(
-        trainer, arguments, audit=audit, samples=config["samples"], held_out=held_out, copies=sum(copies.values())
-    )
+    model, copies = counted
+    work = estimate.work_of(samples=samples, held_out=held_out, copies=sum(copies.values()), **shape)
     return estimate.estimate_memory(model, work), work
 
 

@@ -24,7 +24,9 @@ def check_model(done: Check) -> dict[str, Any]:
     for key in reach.reward_models(done.config["reward"]) if done.reads == "prompt" else ():
         if f"{key}.name_or_path" in done.absent:
             say(f"  {key} is not counted: it is not here")
-    done.model, done.copies = foresight.count_models(done.config, absent=done.absent, **_shape(done))
+    done.model, done.copies = foresight.count_models(
+        done.config, tokenizer=done.tokenizer, absent=done.absent, **_shape(done)
+    )
     found = done.model
     share = found.trainable / found.parameters
     table({
@@ -41,8 +43,7 @@ def check_model(done: Check) -> dict[str, Any]:
 
 
 def _shape(done: Check) -> dict[str, Any]:
-    about = {"trainer": done.trainer, "tokenizer": done.tokenizer}
-    return {**about, "arguments": done.arguments, "audit": done.audit["train"]}
+    return {"trainer": done.trainer, "arguments": done.arguments, "audit": done.audit["train"]}
 
 
 def check_plan(done: Check) -> dict[str, Any]:
@@ -86,10 +87,8 @@ def check_memory(done: Check) -> dict[str, Any]:
     if done.model is None or done.plan is None:
         raise Passed("it needs rows, a tokenizer and the model's config")
     device = hardware.device_type(use_cpu=done.arguments.use_cpu)
-    counted = (done.model, done.copies)
-    parts, work = foresight.foresee_memory(
-        done.config, held_out=len(done.rows.held_out), counted=counted, **_shape(done)
-    )
+    answered = {"samples": done.config["samples"], "held_out": len(done.rows.held_out)}
+    parts, work = foresight.foresee_memory((done.model, done.copies), **answered, **_shape(done))
     table({name: size(held) for name, held in parts.items() if held and name != "peak"})
     there = hardware.memory_bytes(device)
     say(f"  peak, about {size(parts['peak'])}" + (f" of {size(there)} ({device})" if there else ""))

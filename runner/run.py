@@ -106,9 +106,11 @@ def foresee(
     found = [*findings.of_splits(loaded), *findings.of_tokens(audit, trainer=name, max_length=limit)]
     plan = estimate.plan_run(name, arguments, audit=audit["train"], evaluates=loaded.eval is not None)
     facts = {"tokens": audit, "findings": [asdict(one) for one in found], "plan": asdict(plan)}
-    about = {"trainer": name, "tokenizer": tokenizer, "arguments": arguments, "audit": audit["train"]}
+    about = {"trainer": name, "arguments": arguments, "audit": audit["train"]}
     try:
-        facts["memory"], _ = foresight.foresee_memory(config, held_out=len(loaded.held_out), **about)
+        counted = foresight.count_models(config, tokenizer=tokenizer, **about)
+        answered = {"samples": config["samples"], "held_out": len(loaded.held_out)}
+        facts["memory"], _ = foresight.foresee_memory(counted, **answered, **about)
     except Exception as error:  # noqa: BLE001  what cannot be foreseen may still be done
         logger.warning("The memory cannot be foreseen: %s", error)
     return facts
