@@ -1,6 +1,12 @@
 """Post-train a language model from a config."""
 
 import logging
+import os
 
 # When it is imported, bitsandbytes asks for a kernel without a backward pass, whether anything is quantized or not.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+if "RUNNER_LEAVE_OUT" in os.environ:  # this process is for runs
+    from runner import lean
+
+    lean.begin(os.environ[lean.VARIABLE])

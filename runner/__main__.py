@@ -77,15 +77,17 @@ def refuse_secrets(*written: Any) -> None:
 
 def start(run_dir: Path) -> float | None:
     """Run one directory in this process, or in several, and compare its metrics with what its recipe expects."""
-    from runner import freeze, launch, manifest
+    from runner import freeze, launch, lean, manifest
 
     config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+    lean.begin(lean.left_out(config))
     if launch.is_needed(config.get("launch") or {}):
         metrics = launch.launch(run_dir, config["launch"])
     else:
         console.quieten()
         from runner.run import run
 
+        lean.settle()
         if launch.is_led():
             launch.agree(run_dir)
         metrics = run(run_dir)

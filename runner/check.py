@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from runner import compose, findings
+from runner import compose, findings, lean
 from runner.checkup import Check, Passed, say, size, table
 from runner.config import find_idle, group_names
 from runner.errors import ConfigError
@@ -78,6 +78,7 @@ def check(words: Sequence[str]) -> Check:
     try:
         run_section(done, "Config", check_config)
         run_section(done, "Reach", check_reach)
+        lean.begin(lean.left_out(composed.config))
         from runner import exhibit, prospect  # and with them torch
 
         run_section(done, "Data", exhibit.check_data)

@@ -17,7 +17,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from runner import manifest
+import yaml
+
+from runner import lean, manifest
 from runner.errors import ConfigError, RunPreempted, RunStopped
 
 INSIDE = "RUNNER_LAUNCHED"  # set in the ranks that this module starts
@@ -59,7 +61,8 @@ def launch(run_dir: Path, node: dict[str, Any]) -> dict[str, float]:
     for path in ranks.glob("*.*"):  # of an earlier start
         path.unlink()
     threads = max(1, (os.cpu_count() or 1) // processes(node))
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, INSIDE: "1"}
+    config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, lean.VARIABLE: lean.left_out(config), INSIDE: "1"}
     code, signalled = _watch(_command(run_dir, node), environment, ranks, node)
     record = manifest.read(run_dir)
     if record["status"] == "completed" and code == 0:

@@ -99,7 +99,7 @@ def create(run_dir: str | Path, *, argv: Sequence[str] | None = None, **fields: 
         "config_sha256": digest(config) if config.is_file() else None,
         "git": _git(),
         "versions": _versions(),
-        "packages": dict(sorted((dist.name.lower(), dist.version) for dist in importlib.metadata.distributions())),
+        "packages": _packages(),
         "platform": _platform(),
         **fields,
     }
@@ -322,6 +322,12 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[library] = importlib.metadata.version(library)
     return versions
+
+
+def _packages() -> dict[str, str]:
+    """Return the version of all that is installed; each one's metadata is read once."""
+    found = (dist.metadata for dist in importlib.metadata.distributions())
+    return dict(sorted((about["Name"].lower(), about["Version"]) for about in found))
 
 
 def _platform() -> dict[str, Any]:

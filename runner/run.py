@@ -22,6 +22,7 @@ from runner import (
     foresight,
     hardware,
     launch,
+    lean,
     manifest,
     models,
     preemption,
@@ -135,6 +136,7 @@ def publish(run_dir: Path, trainer: Any) -> None:
 
 def main() -> None:
     """Be a rank."""
+    lean.settle()
     run_dir, code = Path(sys.argv[1]), 0
     console.set_up_logs(run_dir if manifest.rank() == 0 else None)
     console.quieten()

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from runner import compose, schema
+from runner import compose, lean, schema
 from runner.compose import Composed
 from runner.config import option_names
 from runner.errors import ConfigError
@@ -83,6 +83,7 @@ class Plan:
         fixed: The overrides of every trial.
         base: The first combination, composed.
         trainers: Modules of the trainers that are used.
+        left_out: Modules that no trial can ask for; see ``lean.left_out``.
         where: Options of ``compose.compose``.
     """
 
@@ -91,6 +92,7 @@ class Plan:
     fixed: list[str]
     base: Composed
     trainers: list[str]
+    left_out: str
     where: dict[str, Any]
 
     @property
@@ -167,7 +169,8 @@ def read(overrides: list[str], **where: Any) -> Plan:
     known = {field.name for field in fields(schema.Search)}
     search = schema.Search(**{key: value for key, value in cells[0].config["search"].items() if key in known})
     files = {_trainer_file(cell.config["trainer"]["_target_"]) for cell in cells}
-    plan = Plan(search, axes, fixed, cells[0], sorted(module for module, _ in files), where)
+    left_out = lean.left_out(*(cell.config for cell in cells))
+    plan = Plan(search, axes, fixed, cells[0], sorted(module for module, _ in files), left_out, where)
     _refuse(plan, cells)
     return plan
 

@@ -89,7 +89,7 @@ class Sweep:
     def run(self) -> int:
         """Run all trials and return the exit code."""
         search = self.plan.search
-        trials.warm(self.plan.trainers)
+        trials.warm(self.plan.trainers, self.plan.left_out)
         say(f"{self.plan.trials} trials (search={search.sampler}) in {self.directory}")
         if self.left:
             say(f"Going on with trial{'s' * (len(self.left) > 1)} {', '.join(map(str, self.left))}")

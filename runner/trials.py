@@ -19,7 +19,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from runner import hardware, manifest
+from runner import hardware, lean, manifest
 from runner.errors import ConfigError
 
 PRELOAD = ["runner.__main__", "runner.run", "runner.freeze", "trl", "peft", "datasets", "optuna", "pydantic",
@@ -174,11 +174,12 @@ def _context() -> Any:
     return multiprocessing.get_context("forkserver" if server else "spawn")
 
 
-def warm(trainers: list[str]) -> None:
+def warm(trainers: list[str], left_out: str) -> None:
     """Start the server without waiting for it, so that it imports while the first trial is prepared.
 
     Args:
         trainers: Modules of the trainers that trials use.
+        left_out: Modules that none of them can ask for.
     """
     context = _context()
     if context.get_start_method() != "forkserver":
@@ -188,6 +189,7 @@ def warm(trainers: list[str]) -> None:
 
     # libraries read these as they are imported; asking for devices must not open one
     given = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    given[lean.VARIABLE] = left_out
     quiet = "ignore::UserWarning:multiprocessing.resource_tracker"  # of what a killed trial could not give back
     given["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
     before = {key: os.environ.get(key) for key in given}

@@ -1,4 +1,5 @@
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -17,7 +18,14 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the folder of the p
 from pathlib import Path
 
 import pytest
+import torch  # noqa: F401  with it here, no test leaves a library out for the others (runner/lean.py)
 from tiny import save_tiny
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Take what is imported by now for what stays, as a process for one run does."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -81,7 +81,7 @@ def test_a_rank_that_raises_ends_all_and_is_named(llama_dir, tmp_path, monkeypat
 
 
 def test_a_rank_that_is_killed_ends_all_within_seconds_and_the_run_goes_on_where_it_was(llama_dir, tmp_path):
-    options = [f"model.name_or_path={llama_dir}", *TWO, "trainer.max_steps=60"]
+    options = [f"model.name_or_path={llama_dir}", *TWO, "trainer.max_steps=40"]
     options += ["trainer.save_strategy=steps", "trainer.save_steps=5"]
     whole, node = begin(tmp_path, *options, name="whole")
     launch.launch(whole, node)
@@ -126,9 +126,9 @@ def test_a_rank_that_does_not_begin_in_time_ends_the_run(llama_dir, tmp_path, mo
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.syspath_prepend(tmp_path)
-    options = ["reward.function=late.score", "allow_code=[late.score]", *extras("grpo")[1:], "launch.start_timeout=12"]
+    options = ["reward.function=late.score", "allow_code=[late.score]", *extras("grpo")[1:], "launch.start_timeout=5"]
     run_dir, node = begin(tmp_path, "trainer=grpo", f"model.name_or_path={llama_dir}", *TWO, *options)
-    with pytest.raises(RunStopped, match="2 of 2 ranks did not begin to train in 12 s"):
+    with pytest.raises(RunStopped, match="2 of 2 ranks did not begin to train in 5 s"):
         launch.launch(run_dir, node)
 
 

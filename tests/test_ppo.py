@@ -1,5 +1,4 @@
 import copy
-import gc
 import json
 import math
 import os
@@ -27,7 +26,6 @@ from runner.errors import ConfigError
 from runner.ppo import PPOConfig, PPOTrainer
 
 pytestmark = pytest.mark.slow
-gc.freeze()  # every train() collects garbage, and would look through all imported libraries
 MODES = [("adapter", True), ("shared", True), ("separate", True), ("shared", False), ("separate", False)]
 CLOCKED = ("time/", "train_runtime", "train_samples", "train_steps", "eval_runtime", "eval_samples", "eval_steps")
 

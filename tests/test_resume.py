@@ -276,7 +276,7 @@ def wait_for(process, text):
 )
 def test_a_signal_ends_a_run_that_then_goes_on(number, code, llama_dir, tmp_path):
     words = [
-        f"model.name_or_path={llama_dir}", *SMALL, *BATCH, "trainer.max_steps=150", "trainer.logging_steps=1",
+        f"model.name_or_path={llama_dir}", *SMALL, *BATCH, "trainer.max_steps=60", "trainer.logging_steps=1",
         "trainer.save_strategy=steps", "trainer.save_steps=5", "output_dir=it", "trainer.lr_scheduler_type=constant",
     ]  # fmt: skip
     process = spawn(tmp_path, *words)
@@ -291,11 +291,11 @@ def test_a_signal_ends_a_run_that_then_goes_on(number, code, llama_dir, tmp_path
         assert checkpoints.find_fault(tmp_path / "it" / "checkpoints" / f"checkpoint-{last}") is None
         assert manifest.read(tmp_path / "it")["cause"] == f"stopped by {number.name}, at step {last}"
     run_dir = "it" if number != signal.SIGTERM else "auto"
-    changed = ["trainer.max_steps=155", *(words if run_dir == "auto" else [])]
-    again = spawn(tmp_path, *[w for w in changed if w != "trainer.max_steps=150"], f"resume={run_dir}")
+    changed = ["trainer.max_steps=65", *(words if run_dir == "auto" else [])]
+    again = spawn(tmp_path, *[w for w in changed if w != "trainer.max_steps=60"], f"resume={run_dir}")
     said = again.communicate()[0]
     assert again.returncode == 0, said
     assert "Going on from" in said
     steps = [line["step"] for line in logged(tmp_path / "it") if "loss" in line]
-    assert steps == list(range(1, 156))
+    assert steps == list(range(1, 66))
     assert manifest.read(tmp_path / "it")["status"] == "completed"

@@ -350,14 +350,14 @@ def command(tmp_path, *words):
 @pytest.mark.slow
 def test_a_sweep_gives_each_job_a_directory(llama_dir, tmp_path):
     done = command(
-        tmp_path, "-m", "trainer=sft,dpo", "trainer.learning_rate=1e-5,1e-4", f"model.name_or_path={llama_dir}",
+        tmp_path, "-m", "trainer=sft,dpo", f"model.name_or_path={llama_dir}",
         *SMALL, *QUICK, *BATCH,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = sorted(tmp_path.glob("outputs/sweeps/*/*/*/manifest.json"))
-    assert [path.parent.name for path in found] == ["0", "1", "2", "3"]
+    assert [path.parent.name for path in found] == ["0", "1"]
     seen = [(m["choices"]["trainer"], m["status"]) for m in map(manifest.read, (p.parent for p in found))]
-    assert seen == [("sft", "completed")] * 2 + [("dpo", "completed")] * 2
+    assert seen == [("sft", "completed"), ("dpo", "completed")]
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def test_a_grid_has_hydras_combinations_in_hydras_order(overrides):
     parsed = OverridesParser.create(config_loader=Options()).parse_overrides(overrides)
     hydras = [set(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
     axes, fixed = search._split(list(zip(overrides, compose.parse(overrides), strict=True)))
-    plan = search.Plan(search.schema.Search(), axes, fixed, None, [], {})
+    plan = search.Plan(search.schema.Search(), axes, fixed, None, [], "", {})
     ours = [{*fixed, *(axis.text(value) for axis, value in zip(axes, cell, strict=True))} for cell in plan.grid]
     assert ours == hydras
 
@@ -225,7 +225,7 @@ def test_a_trial_is_the_run_that_it_would_be_alone_and_the_best_is_a_recipe(llam
 
 def sweep_apart(folder, overrides):
     """Run a sweep in a forked process, which has all imports and so forks its trials itself."""
-    trials.warm = lambda trainers: None
+    trials.warm = lambda trainers, left_out: None
     trials._context = lambda: multiprocessing.get_context("fork")
     os._exit(run(folder, *overrides))
 

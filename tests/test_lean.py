@@ -1,0 +1,66 @@
+"""What a run cannot ask for is not imported; what it may ask for is there."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from runner import lean
+
+NF4 = {"_target_": "transformers.BitsAndBytesConfig", "load_in_4bit": True}
+
+
+def config(name_or_path="embedded:smollm135m", **other):
+    return {"trainer": {}, "model": {"name_or_path": name_or_path}, "quantization": {}} | other
+
+
+def has_bitsandbytes(program, **environment):
+    """Return whether peft, imported in a process of its own after a program, finds bitsandbytes."""
+    program += "\nimport sys, peft.import_utils\nprint(peft.import_utils.is_bnb_available())"
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("asked", "needed"),
+    [
+        (config(), False),
+        (config(trainer={"optim": "adamw_torch_fused"}), False),
+        (config(quantization=NF4), True),
+        (config(trainer={"optim": "paged_adamw_8bit"}), True),
+        (config(trainer={"optim": "ademamix"}), True),
+        (config(allow_code=["mine.reward"]), True),
+        (config(model={"name_or_path": "embedded:smollm135m", "trust_remote_code": True}), True),
+        (config("nobody/has-this-model"), True),
+        (config("/there/is/no/such/folder"), True),
+        (config(reward={"model": {"name_or_path": "nobody/has-this-model"}}), True),
+        (config(reward={"model": None}), False),
+    ],
+)
+def test_bitsandbytes_stays_wherever_a_config_may_ask_for_it(asked, needed):
+    assert lean.may_quantize(asked) is needed
+
+
+def test_a_model_that_comes_quantized_keeps_bitsandbytes(llama_dir, tmp_path):
+    assert not lean.may_quantize(config(str(llama_dir)))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": {}}))
+    assert lean.may_quantize(config(str(tmp_path)))
+
+
+def test_a_process_for_several_runs_keeps_what_one_of_them_may_ask_for():
+    assert lean.left_out(config(), config()) == "bitsandbytes"
+    assert lean.left_out(config(), config(quantization=NF4)) == ""
+
+
+@pytest.mark.slow
+def test_what_is_left_out_is_not_there_for_the_libraries():
+    assert has_bitsandbytes("from runner import lean\nlean.begin('bitsandbytes')") == "False\n"
+    assert has_bitsandbytes("import runner", RUNNER_LEAVE_OUT="bitsandbytes") == "False\n"
+    assert has_bitsandbytes("import runner", RUNNER_LEAVE_OUT="") == "True\n"
+
+
+def test_a_process_that_has_the_libraries_keeps_them():
+    lean.begin("bitsandbytes")
+    assert sys.modules.get("bitsandbytes", "untouched") is not None
