@@ -1,8 +1,8 @@
 """A process for one run starts fast: it imports what the run can ask for, and looks for garbage when that pays.
 
 bitsandbytes costs each process two CPU seconds, and few runs use it: peft imports it wherever it is installed, and it
-drags in ``torch._inductor``. Where nothing in a config can ask for it, it is as if it were not installed. And Python
-looks for garbage in cycles after every 700 new objects, of which the libraries make half a million that stay.
+drags in much of ``torch._inductor``. Where nothing in a config can ask for it, it is as if it were not installed.
+And Python looks for garbage in cycles every 700 new objects, of which the libraries make half a million that stay.
 """
 
 import gc

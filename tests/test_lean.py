@@ -16,10 +16,9 @@ def config(name_or_path="embedded:smollm135m", **other):
     return {"trainer": {}, "model": {"name_or_path": name_or_path}, "quantization": {}} | other
 
 
-def has_bitsandbytes(program, **environment):
-    """Return whether peft, imported in a process of its own after a program, finds bitsandbytes."""
-    program += "\nimport sys, peft.import_utils\nprint(peft.import_utils.is_bnb_available())"
-    command = [sys.executable, "-c", program]
+def said(program, **environment):
+    """Return what a program says in a process of its own."""
+    command = [sys.executable, "-c", "import importlib.util, sys\n" + program]
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True).stdout
 
 
@@ -56,9 +55,17 @@ def test_a_process_for_several_runs_keeps_what_one_of_them_may_ask_for():
 
 @pytest.mark.slow
 def test_what_is_left_out_is_not_there_for_the_libraries():
-    assert has_bitsandbytes("from runner import lean\nlean.begin('bitsandbytes')") == "False\n"
-    assert has_bitsandbytes("import runner", RUNNER_LEAVE_OUT="bitsandbytes") == "False\n"
-    assert has_bitsandbytes("import runner", RUNNER_LEAVE_OUT="") == "True\n"
+    begun = "from runner import lean\nlean.begin('bitsandbytes')\n"
+    found = "from peft.import_utils import is_bnb_available as there\n"
+    found += "print(there(), 'torch._inductor.compile_fx' in sys.modules)"
+    assert said(begun + found) == "False False\n"
+
+
+def test_a_process_that_is_started_for_a_run_is_told_what_to_leave_out():
+    found = "import runner\nprint(importlib.util.find_spec('bitsandbytes') is not None)"
+    assert said(found, RUNNER_LEAVE_OUT="bitsandbytes") == "False\n"
+    assert said(found, RUNNER_LEAVE_OUT="") == "True\n"
+    assert said(found) == "True\n"
 
 
 def test_a_process_that_has_the_libraries_keeps_them():
