@@ -1,7 +1,7 @@
 """What each kind of trainer reads, taken from canonical rows. Pure."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Iterable, Set
 
 from runner.errors import ConfigError
 from runner.rows import Row
@@ -73,31 +73,27 @@ def view(reads: str, rows: Iterable[Row]) -> tuple[list[Row], Counter[str]]:
     Returns:
         The rows, and how many were left out, by reason.
     """
-    return _VIEWS[reads](list(rows))
-
-
-def _for_sft(rows: list[Row]) -> tuple[list[Row], Counter[str]]:
-    good = [row for row in rows if row.get("label", True)]
-    return [_learnt(row) for row in good], +Counter({"label is false": len(rows) - len(good)})
+    all_rows, skipped = list(rows), Counter[str]()
+    if reads == "sft":
+        good = [row for row in all_rows if row.get("label", True)]
+        skipped["label is false"] = len(all_rows) - len(good)
+        return [_learnt(row) for row in good], +skipped
+    if reads == "preference":
+        return [_pick(row, "prompt", "chosen", "rejected", "margin") for row in all_rows], skipped
+    if reads == "unpaired":
+        return _unpaired(all_rows), skipped
+    if reads == "prompt":
+        return [_asked(row) for row in all_rows], skipped
+    return all_rows, skipped
 
 
 def _learnt(row: Row) -> Row:
-    if "completion" in row:
-        return _pick(row, "prompt", "completion")
-    if "messages" in row:
-        return _pick(row, "messages")
-    if "text" in row:
-        return _pick(row, "text")
-    if "prompt" in row:
-        return {**_pick(row, "prompt"), "completion": row["chosen"]}
-    return {"text": row["chosen"]}
+    if "completion" in row or "chosen" not in row:
+        return _pick(row, "prompt", "completion", "messages", "text")
+    return {**_pick(row, "prompt"), "completion": row["chosen"]} if "prompt" in row else {"text": row["chosen"]}
 
 
-def _for_preference(rows: list[Row]) -> tuple[list[Row], Counter[str]]:
-    return [_pick(row, "prompt", "chosen", "rejected", "margin") for row in rows], Counter()
-
-
-def _for_unpaired(rows: list[Row]) -> tuple[list[Row], Counter[str]]:
+def _unpaired(rows: list[Row]) -> list[Row]:
     """Keep or make rows with a label.
 
     All chosen answers come before all rejected ones, as in TRL's unpairing: its KL estimate pairs a prompt with
@@ -109,11 +105,7 @@ def _for_unpaired(rows: list[Row]) -> tuple[list[Row], Counter[str]]:
         *labelled,
         *({**_pick(row, "prompt"), "completion": row["chosen"], "label": True} for row in pairs),
         *({**_pick(row, "prompt"), "completion": row["rejected"], "label": False} for row in pairs),
-    ], Counter()
-
-
-def _for_prompt(rows: list[Row]) -> tuple[list[Row], Counter[str]]:
-    return [_asked(row) for row in rows], Counter()
+    ]
 
 
 def _asked(row: Row) -> Row:
@@ -135,18 +127,5 @@ def _asked(row: Row) -> Row:
     return {"prompt": asked.pop("prompt"), **asked}
 
 
-def _unchanged(rows: list[Row]) -> tuple[list[Row], Counter[str]]:
-    return rows, Counter()
-
-
 def _pick(row: Row, *names: str) -> Row:
     return {name: row[name] for name in (*names, *_SHARED) if name in row}
-
-
-_VIEWS: dict[str, Callable[[list[Row]], tuple[list[Row], Counter[str]]]] = {
-    "sft": _for_sft,
-    "preference": _for_preference,
-    "unpaired": _for_unpaired,
-    "prompt": _for_prompt,
-    "any": _unchanged,
-}
