@@ -9,13 +9,8 @@ import yaml
 from runner import report
 
 EMBEDDED = {"embedded:smollm135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+LIBRARIES = ("trl", "transformers", "peft", "torch")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-LOAD = {
-    (False, False): "from transformers import AutoModelForCausalLM as Model",
-    (False, True): "from transformers import AutoModelForSequenceClassification as Model",
-    (True, False): "from peft import AutoPeftModelForCausalLM as Model",
-    (True, True): "from peft import AutoPeftModelForSequenceClassification as Model",
-}
 
 
 def write_card(run_dir: str | Path) -> None:
@@ -25,62 +20,43 @@ def write_card(run_dir: str | Path) -> None:
 
 
 def _card(run: report.Run) -> str:
+    from jinja2 import Environment
+
     names, adapter = run.names, (run.model / "adapter_config.json").is_file()
     named = str((run.config.get("model") or {}).get("name_or_path") or "?")
     base = EMBEDDED.get(named) or (named if _is_hub_id(named) else None)
-    shown_base = f"[{base}](https://huggingface.co/{base})" if base else f"`{_basename(named)}`, a local model"
-    dataset = str((run.config.get("dataset") or {}).get("path") or "")
-    reward = names["trainer"] == "reward"
-    target = str((run.config.get("trainer") or {}).get("_target_"))
-    library = ["trl"] if target.startswith("trl.") else []
+    versions = run.manifest.get("versions") or {}
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters["number"] = report.number
+    card = environment.from_string(Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8"))
+    return card.render(
+        names,
+        front=yaml.safe_dump(_front(run, base, adapter), sort_keys=False),
+        title=_basename(named.rsplit(":", 1)[-1]),
+        adapter=adapter,
+        reward=names["trainer"] == "reward",
+        base=base,
+        name=_basename(named),
+        results=[*((name, *ends) for name, ends in run.scores.items()), *report.ends(run)],
+        settings=yaml.safe_dump(_settings(run), sort_keys=False, allow_unicode=True),
+        used=", ".join(f"{name} {versions[name]}" for name in LIBRARIES if name in versions),
+    )
+
+
+def _front(run: report.Run, base: str | None, adapter: bool) -> dict[str, Any]:
+    """Return the metadata that the hub reads."""
+    names, dataset = run.names, str((run.config.get("dataset") or {}).get("path") or "")
+    of_trl = str((run.config.get("trainer") or {}).get("_target_")).startswith("trl.")
     front: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "text-classification" if reward else "text-generation",
-        "tags": [*library, names["trainer"], *(["lora"] if adapter and "lora" in names["peft"].lower() else [])],
+        "pipeline_tag": "text-classification" if names["trainer"] == "reward" else "text-generation",
+        "tags": ["trl"] * of_trl + [names["trainer"]] + ["lora"] * (adapter and "lora" in names["peft"].lower()),
     }
     if base:
         front |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
     if _is_hub_id(dataset) and "/" in dataset:
         front["datasets"] = [dataset]
-    what = "An adapter for" if adapter else "A fine-tuned version of"
-    versions = run.manifest.get("versions") or {}
-    used = [f"{name} {versions[name]}" for name in ("trl", "transformers", "peft", "torch") if name in versions]
-    parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {_basename(named.rsplit(':', 1)[-1])}, {names['trainer']} on {names['dataset']}",
-        f"{what} {shown_base}, trained with {names['trainer'].upper()} on {names['dataset']}.",
-        *_results(run),
-        "## Use",
-        _use(adapter=adapter, reward=reward),
-        "## Training",
-        f"```yaml\n{yaml.safe_dump(_settings(run), sort_keys=False, allow_unicode=True)}```",
-        f"Made with {', '.join(used)}." if used else "",
-        "## Licence",
-        f"The weights derive from {base or 'the base model'}: its licence applies, and that of the training data.",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _results(run: report.Run) -> list[str]:
-    rows = [f"| {name} | {report.number(a)} | {report.number(b)} |" for name, (a, b) in run.scores.items()]
-    rows += [f"| {name} | {report.number(a)} | {report.number(b)} |" for name, a, b in report.ends(run)]
-    if not rows:
-        return []
-    note = "Scores are means over held-out prompts, answered greedily; `eval_` is held out, the rest is training."
-    return ["## Results", "\n".join(["| | before | after |", "|---|---|---|", *rows]), note]
-
-
-def _use(*, adapter: bool, reward: bool) -> str:
-    load = [LOAD[adapter, reward], "from transformers import AutoTokenizer", ""]
-    load += ['model = Model.from_pretrained("path/to/this/folder")']
-    load += ['tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")']
-    chat = '[{"role": "user", "content": "..."}' + (', {"role": "assistant", "content": "..."}]' if reward else "]")
-    prompt = "" if reward else ", add_generation_prompt=True"
-    load += [f'inputs = tokenizer.apply_chat_template({chat}{prompt}, return_tensors="pt", return_dict=True)']
-    load += [
-        "model(**inputs).logits" if reward else "tokenizer.decode(model.generate(**inputs, max_new_tokens=128)[0])"
-    ]
-    return "```python\n" + "\n".join(load) + "\n```"
+    return front
 
 
 def _settings(run: report.Run) -> dict[str, Any]:
