@@ -3,8 +3,8 @@ import logging
 
 import pytest
 
+from runner.data import fingerprint, load_source
 from runner.errors import ConfigError
-from runner.sources import fingerprint, load_source
 
 ROWS = [{"prompt": f"question {n}", "completion": f" answer {n}"} for n in range(10)]
 
