@@ -11,6 +11,7 @@ It takes the overrides of ``python -m runner``, and words of its own:
 No weights are read but with check.probe. Exit code 0, or 2 with what has to be corrected.
 """
 
+import difflib
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ from typing import Any
 
 from runner import compose, findings, lean
 from runner.checkup import Check, Passed, say, size, table
-from runner.config import find_idle, group_names
+from runner.config import find_idle, flat, group_names
 from runner.errors import ConfigError
 from runner.findings import Finding
 
@@ -108,8 +109,6 @@ def read_options(words: Sequence[str]) -> tuple[dict[str, str], dict[str, str], 
     Raises:
         ConfigError: One is not known or has a wrong value.
     """
-    from runner.preview import nearest
-
     options: dict[str, str] = {}
     policies, rest, faults = dict(findings.POLICIES), [], []
     for word in words:
@@ -134,6 +133,12 @@ def read_options(words: Sequence[str]) -> tuple[dict[str, str], dict[str, str], 
     if faults:
         raise ConfigError(" ".join(faults))
     return options, policies, rest
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """Return a hint at the nearest of some words, or a list of all."""
+    near = difflib.get_close_matches(word, known, 1, 0.5)
+    return f"did you mean {near[0]}?" if near else f"it can be {', '.join(known)}."
 
 
 def run_section(done: Check, title: str, section: Callable[[Check], dict[str, Any]]) -> None:
@@ -165,20 +170,24 @@ class _Notes(logging.Handler):
 
 def check_config(done: Check) -> dict[str, Any]:
     """Say what was chosen, what differs from the option files, and what has no effect."""
-    from runner.preview import differences
-
     made = done.composed.choices
     choices = {group: made[group] for group in sorted(made, key=_place) if made[group] not in ("None", "null")}
     say("  " + " ".join(f"{group}={option}" for group, option in choices.items()))
-    changed = differences(_flat(done.config), _flat(_files(done)))
-    changed = [(key, mine, files) for key, mine, files in changed if key not in ("output_dir", "trainer.seed")]
-    table({key: f"{mine!r}, {'not ' if files == '-' else ''}in the option files{'' if files == '-' else f' {files!r}'}"
-           for key, mine, files in changed})  # fmt: skip
+    mine, files = flat(done.config), flat(_files(done))
+    keys = sorted((mine | files).keys() - {"output_dir", "trainer.seed"})
+    changed = {
+        key: (mine.get(key, "-"), files.get(key, "-")) for key in keys if mine.get(key, "-") != files.get(key, "-")
+    }
+    table({key: f"{value!r}, {f'in the option files {file!r}' if file != '-' else 'not in the option files'}"
+           for key, (value, file) in changed.items()})  # fmt: skip
     if not changed:
         say("  every key as in the option files")
-    touched = {key for key, _, _ in changed} | {text.lstrip("+~").partition("=")[0] for text in done.overrides}
+    touched = {*changed} | {text.lstrip("+~").partition("=")[0] for text in done.overrides}
     done.add(*(Finding("no_effect", text) for text in find_idle(done.config, touched)))
-    return {"choices": choices, "changed": {key: {"value": mine, "files": files} for key, mine, files in changed}}
+    return {
+        "choices": choices,
+        "changed": {key: {"value": value, "files": file} for key, (value, file) in changed.items()},
+    }
 
 
 def _place(group: str) -> tuple[int, str]:
@@ -194,13 +203,6 @@ def _files(done: Check) -> dict[str, Any]:
     known = compose.compose(main, check=False).choices
     nested = [f"{'' if group in known else '+'}{group}={option}" for group, option in choices.items() if "@" in group]
     return compose.compose([*main, *(text for text in nested if "value_" not in text)], check=False).config
-
-
-def _flat(node: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict) or not node:
-        return {path: node}
-    names = {f"{path}.{name}" if path else str(name): child for name, child in node.items()}
-    return {key: value for name, child in names.items() for key, value in _flat(child, name).items()}
 
 
 def check_reach(done: Check) -> dict[str, Any]:

@@ -244,6 +244,30 @@ def given(function: Callable[..., Any], node: dict[str, Any]) -> dict[str, Any]:
     return {key: node[key] for key in inspect.signature(function).parameters if key in node}
 
 
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dicts by dotted path."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:
+    """Return the leaves in which two trees differ, by dotted path, each with both values; None where it is missing."""
+    one, other = flat(old), flat(new)
+    return {key: [one.get(key), other.get(key)] for key in sorted(one | other) if one.get(key) != other.get(key)}
+
+
+def put(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set a leaf of nested dicts by its dotted path."""
+    *parents, last = path.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[last] = value
+
+
 def trainer_name(target: str) -> str:
     """Return a trainer's short name: ``trl.DPOConfig`` gives ``dpo``."""
     return target.rsplit(".", 1)[-1].removesuffix("Config").lower()

@@ -9,9 +9,8 @@ from typing import Any
 import yaml
 
 from runner import compose, manifest
-from runner.config import CONF, group_names
+from runner.config import CONF, changes, flat, group_names, put
 from runner.errors import ConfigError
-from runner.resume import flat
 
 OWN = {"output_dir", "expect", "check_expected", "probe"}  # of each run
 
@@ -60,19 +59,14 @@ def freeze(run_dir: Path, name: str, folder: Path = CONF / "experiment", *, tole
     if choices:
         tree["defaults"] = [{f"override /{group}": option} for group, option in choices.items()]
     for key, value in leaves.items():
-        node = tree
-        *parents, last = key.split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
+        put(tree, key, value)
     if metrics := _telling(record):
         tree["expect"] = {key: _around(value, tolerance) for key, value in metrics.items()}
     body = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
     path.write_text(f"# @package _global_\n{_header(record, name)}{body}", encoding="utf-8")
     try:
         made = compose.compose([f"experiment={name}"], config_dir=str(folder.parent)).config
-        one, other = flat(wanted), flat({key: value for key, value in made.items() if key not in OWN})
-        if different := sorted(key for key in one | other if one.get(key) != other.get(key)):
+        if different := changes(wanted, {key: value for key, value in made.items() if key not in OWN}):
             raise ConfigError(
                 f"{run_dir} cannot be frozen: no recipe can say {', '.join(different)}, such as a key or a term that "
                 "was taken out on the command line."

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from runner import compose, manifest
+from runner.config import changes, flat
 from runner.errors import ConfigError, RunPreempted, RunStopped
-from runner.resume import flat
 from runner.safety import RUN_CODE, find_dangers
 
 CLOCKS = ("seconds", "time/", "step_time", "train_runtime", "train_samples_per", "train_steps_per", "eval_runtime",
@@ -88,10 +88,8 @@ def replay(run_dir: Path, output_dir: Path | None = None, **workers: int) -> str
 def differences(one: Any, other: Any, names: list[str]) -> Iterator[str]:
     """Yield what two manifests say otherwise under some dotted names."""
     for name in names:
-        old, new = flat(_at(one, name), name), flat(_at(other, name), name)
-        for key in sorted(old | new):
-            if old.get(key) != new.get(key):
-                yield f"{key} was {old.get(key)} and is {new.get(key)}"
+        for key, (old, new) in changes({name: _at(one, name)}, {name: _at(other, name)}).items():
+            yield f"{key} was {old} and is {new}"
 
 
 def part(one: Path, other: Path, record: Any, repeated: Any) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from runner import manifest
-from runner.config import find_faults
+from runner.config import changes, find_faults, flat, put
 from runner.errors import ConfigError
 from runner.redaction import scrub
 from runner.safety import RUN_CODE, as_typed, find_dangers
@@ -55,20 +55,15 @@ def prepare(run_dir: Path, typed: dict[str, Any], *, allow_changes: bool, config
     before: Any = OmegaConf.to_container(OmegaConf.load(path))
     after = {**(copy.deepcopy(before) if config is None else config), "output_dir": before["output_dir"]}
     for key, value in typed.items() if config is None else ():
-        *parents, last = key.split(".")
-        node = after
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
+        put(after, key, value)
     if faults := find_faults(after, record.get("choices") or {}):
         raise ConfigError("\n".join(faults))
     if scrub(after) != after:
         raise ConfigError(
             "What was typed holds what looks like a secret, and it is written to disk: use the environment."
         )
-    old, new = flat(before), flat(after)
     _refuse_code(run_dir, after, typed)
-    changed = {key: [old.get(key), new.get(key)] for key in sorted(old | new) if old.get(key) != new.get(key)}
+    changed, new = changes(before, after), flat(after)
     harmless = HARMLESS | (set() if new.get("trainer.load_best_model_at_end") else UNCHOSEN)
     constant = new.get("trainer.lr_scheduler_type") == "constant"  # the others also warm up by a share of the steps
     told = {key: pair for key, pair in changed.items() if key not in harmless and not _longer(key, pair, constant)}
@@ -123,13 +118,3 @@ def _longer(key: str, pair: list[Any], constant: bool) -> bool:
     old, new = pair
     numbers = all(isinstance(value, int | float) and value > 0 for value in pair)
     return constant and key in LENGTHS and numbers and new > old
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested dicts by dotted path."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return found
