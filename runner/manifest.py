@@ -4,7 +4,6 @@ It is valid JSON at every moment, also after a kill: it is replaced as a whole. 
 """
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -13,7 +12,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -22,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from runner import disk
 from runner.errors import ConfigError, RunPreempted, RunPruned, RunStopped
 from runner.redaction import scrub
 
@@ -90,25 +89,23 @@ def create(run_dir: str | Path, *, argv: Sequence[str] | None = None, **fields: 
         argv: What was typed; ``sys.argv`` where absent.
         fields: Anything else that is known before the run, for example ``choices`` or ``seed``.
     """
-    config = Path(run_dir) / "config.yaml"
+    config, packages = Path(run_dir) / "config.yaml", _packages()
     manifest = {
         "schema": SCHEMA,
         "status": "created",
         "timeline": [{"status": "created", "time": _now()}],
         "argv": list(sys.argv if argv is None else argv),
-        "config_sha256": digest(config) if config.is_file() else None,
+        "config_sha256": disk.digest(config) if config.is_file() else None,
         "git": _git(),
-        "versions": _versions(),
-        "packages": _packages(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: packages[name] for name in LIBRARIES if name in packages},
+        },
+        "packages": packages,
         "platform": _platform(),
         **fields,
     }
     return _write(run_dir, manifest)
-
-
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read(run_dir: str | Path) -> dict[str, Any]:
@@ -231,22 +228,12 @@ def recording(run_dir: str | Path) -> Iterator[None]:
 
 
 def _write(run_dir: str | Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Write atomically: a reader, and a machine that loses power, see the old file or the new one."""
+    """Write a manifest in plain JSON, without secrets; only the first rank does."""
     manifest = scrub(_plain(manifest))
     if rank():
         return manifest
     text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
-    descriptor, name = tempfile.mkstemp(dir=run_dir, prefix=f".{FILE}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp makes files that nobody else may read
-        temporary.replace(Path(run_dir) / FILE)
-    finally:
-        temporary.unlink(missing_ok=True)
+    disk.write(Path(run_dir) / FILE, text + "\n")
     return manifest
 
 
@@ -316,14 +303,6 @@ def _peak_memory() -> dict[str, int]:
     return peak
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[library] = importlib.metadata.version(library)
-    return versions
-
-
 def _packages() -> dict[str, str]:
     """Return the version of all that is installed; each one's metadata is read once."""
     found = (dist.metadata for dist in importlib.metadata.distributions())
@@ -359,18 +338,10 @@ def _ask_git(*words: str) -> str | None:
     """Return what git says, cut at ``DIFF_LIMIT`` bytes; None if it fails, hangs or is not there."""
     command = ["git", "-c", "core.fsmonitor=false", "-c", "core.quotepath=false", *words]
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-    null, pipe = subprocess.DEVNULL, subprocess.PIPE
     try:
-        process = subprocess.Popen(command, stdin=null, stdout=pipe, stderr=null, env=environment)
-    except OSError:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, stdin=subprocess.DEVNULL, timeout=GIT_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired):
         return None
-    assert process.stdout is not None
-    timer = threading.Timer(GIT_SECONDS, process.kill)
-    timer.start()
-    with process:
-        answer = process.stdout.read(DIFF_LIMIT)
-        cut = len(answer) == DIFF_LIMIT
-        if cut:
-            process.kill()
-    timer.cancel()
-    return None if process.returncode and not cut else answer.decode("utf-8", "replace")
+    return None if done.returncode else done.stdout[:DIFF_LIMIT].decode("utf-8", "replace")

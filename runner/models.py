@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner import embedded, hardware, hub
+from runner import disk, embedded, hardware, hub
 from runner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -192,8 +192,7 @@ def digest_weights(folder: Path) -> str | None:
     digest = hashlib.sha256()
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*model*.bin")])
     for path in files:
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{path.name} {disk.digest(path)}\n".encode())
     return digest.hexdigest() if files else None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from runner import manifest
+from runner import disk, manifest
 from runner.config import changes, find_faults, flat, put
 from runner.errors import ConfigError
 from runner.redaction import scrub
@@ -79,11 +79,9 @@ def prepare(run_dir: Path, typed: dict[str, Any], *, allow_changes: bool, config
         if not any((run_dir / "checkpoints").glob("checkpoint-*/complete.json")):
             raise ConfigError(f"{run_dir} cannot go on for longer: it kept no complete checkpoint.")
     if changed:
-        temporary = path.with_name(".config.yaml")
-        temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(after)), encoding="utf-8")
-        temporary.replace(path)
+        disk.write(path, OmegaConf.to_yaml(OmegaConf.create(after)))
     resumes = [*record.get("resumes", []), {"status": record["status"], "changed": changed}]
-    manifest.update(run_dir, status="resumed", resumes=resumes, config_sha256=manifest.digest(path))
+    manifest.update(run_dir, status="resumed", resumes=resumes, config_sha256=disk.digest(path))
     return True
 
 
