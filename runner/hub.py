@@ -83,13 +83,6 @@ def ensure_available(
         constants.HF_HUB_OFFLINE = True
 
 
-def is_off() -> bool:
-    """Tell whether the hub is switched off, or was found not to answer."""
-    from huggingface_hub import is_offline_mode
-
-    return bool(is_offline_mode())
-
-
 def ask(repo: str, *, key: str, revision: str | None, kind: str, timeout: float) -> str:
     """Return the commit that the hub has of a repository, as ``commit abc1234``; empty where it says nothing.
 

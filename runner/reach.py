@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from runner import embedded, hub
 from runner.errors import ConfigError
 from runner.splits import may_be_hub_id
@@ -90,7 +92,7 @@ def _find(key: str, name: str, revision: str | None, kind: str, marker: str, *, 
             return Place(key, name, "cached")
     elif Path(hub.resolve(name, key=key, marker=marker)).is_dir():
         return _local_model(key, Path(name).expanduser(), marker)
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import is_offline_mode, try_to_load_from_cache
 
     held = {
         file: isinstance(try_to_load_from_cache(name, file, revision=revision, repo_type=kind), str)
@@ -102,7 +104,7 @@ def _find(key: str, name: str, revision: str | None, kind: str, marker: str, *, 
     if not ask:
         return Place(key, name, "not asked", at)
     hub.ensure_available(name, key=key, revision=revision, kind=kind, marker=marker)
-    if hub.is_off():  # it has the config, so that no one refused, but the weights are missing
+    if is_offline_mode():  # it has the config, so that no one refused, but the weights are missing
         raise ConfigError(
             f"{key}={name} cannot be loaded: the hub's cache holds its config but no weights, and the hub does not "
             "answer. Go online once, or name a local folder."
@@ -115,24 +117,13 @@ def _local_model(key: str, folder: Path, marker: str) -> Place:
     if marker == "config.json" and not any((folder / name).exists() for name in WEIGHTS):
         raise ConfigError(f"{key}={folder} cannot be loaded: it has no weights ({', '.join(WEIGHTS[:3])}).")
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            start = file.read(8)
-            header = int.from_bytes(start, "little") if len(start) == 8 else 0
-            whole = _safetensors_size(file.read(header)) if 0 < header <= 100_000_000 else None
-        if whole is None or path.stat().st_size != 8 + header + whole:
-            raise ConfigError(f"{key}={folder} cannot be loaded: {path.name} is damaged or incomplete. Copy it again.")
+        try:
+            with safe_open(path, "numpy"):  # reads the header, and whether the file is as long as that says
+                continue
+        except SafetensorError as error:
+            text = f"{key}={folder} cannot be loaded: {path.name} is damaged or incomplete. Copy it again."
+            raise ConfigError(text) from error
     return Place(key, str(folder), "local")
-
-
-def _safetensors_size(header: bytes) -> int | None:
-    """Return the bytes of data that a safetensors header promises; None where it is no header."""
-    import json
-
-    try:
-        entries = json.loads(header)
-        return max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 def writable(run_dir: Path) -> int:

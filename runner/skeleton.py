@@ -155,18 +155,23 @@ def _kept(model: Any, base: Any, sequences: int, length: int, arguments: Any) ->
 
     Where all layers are alike, two of them are run and then one: the others hold what the second did.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     config, inner = base.config.get_text_config(), base.base_model
     many = config.num_hidden_layers
     name = next((n for n, m in inner.named_children() if isinstance(m, nn.ModuleList) and len(m) == many), "")
     layers = getattr(inner, name) if name else []
     try:
-        if not _alike(layers, config):
-            return _run_without_data(model, base, sequences, length, arguments)
-        held = []
-        for count in (2, 1):
-            setattr(inner, name, nn.ModuleList(layers[:count]))
-            held.append(_run_without_data(model, base, sequences, length, arguments))
-        return held[1] + (held[0] - held[1]) * (many - 1)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device=hardware.device_type(use_cpu=arguments.use_cpu))
+            base.tie_weights()
+            if not _alike(layers, config):
+                return _run_without_data(model, base, sequences, length, arguments)
+            held = []
+            for count in (2, 1):
+                setattr(inner, name, nn.ModuleList(layers[:count]))
+                held.append(_run_without_data(model, base, sequences, length, arguments))
+            return held[1] + (held[0] - held[1]) * (many - 1)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         logger.info("Activations are a rule of thumb: the model cannot run without data (%s)", error)
         width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
@@ -182,40 +187,22 @@ def _alike(layers: Any, config: Any) -> bool:
 
 
 def _run_without_data(model: Any, base: Any, sequences: int, length: int, arguments: Any) -> float:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     device = hardware.device_type(use_cpu=arguments.use_cpu)
     half = torch.bfloat16 if arguments.bf16 else torch.float16
     kept: dict[int, Any] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        _fill(model, device)
-        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                kept[storage._cdata] = storage
-            return tensor
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
 
-        ids = torch.ones((sequences, length), dtype=torch.long, device=device)
-        model.train()
-        autocast = torch.autocast(device, dtype=half, enabled=bool(arguments.bf16 or arguments.fp16))
-        with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            base.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        pieces = [storage.nbytes() for storage in kept.values()]
+    ids = torch.ones((sequences, length), dtype=torch.long, device=device)
+    model.train()
+    autocast = torch.autocast(device, dtype=half, enabled=bool(arguments.bf16 or arguments.fp16))
+    with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        base.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    pieces = [storage.nbytes() for storage in kept.values()]
     held = sum(piece * (HOLES if device == "cpu" and piece < HEAP_PIECE else 1) for piece in pieces)
     return held / (sequences * length)
-
-
-def _fill(model: Any, device: str) -> None:
-    """Put tensors without data on a device in the place of those on meta."""
-    tied: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                tied.setdefault(id(parameter), nn.Parameter(empty, requires_grad=parameter.requires_grad))
-                module._parameters[name] = tied[id(parameter)]
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
