@@ -7,11 +7,13 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from runner import sampling
@@ -28,14 +30,7 @@ def held_out(rows: Iterable[Mapping[str, Any]], count: int) -> list[Row]:
     The reference is a right answer as text: the completion, the chosen answer, the last assistant turn or the
     column ``answer``; None where the row has none. Rows of plain ``text`` hold no prompt: none of them is returned.
     """
-    found: list[Row] = []
-    for row in rows:
-        if len(found) == count:
-            break
-        split = _split(dict(row))
-        if split is not None:
-            found.append(split)
-    return found
+    return list(islice(filter(None, (_split(dict(row)) for row in rows)), count))
 
 
 class Answer(NamedTuple):
@@ -79,13 +74,7 @@ class Samples(TrainerCallback):
         self.told: set[str] = set()
 
     def on_evaluate(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        model: Any = None,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: Any, control: Any, model: Any = None, metrics: Any = None, **kwargs: Any
     ) -> None:
         """Sample on the first rank and give the means to all."""
         if _is_sharded(model):
@@ -95,12 +84,13 @@ class Samples(TrainerCallback):
         if state.is_world_process_zero:
             half = torch.bfloat16 if args.bf16 else torch.float16
             with torch.autocast(model.device.type, dtype=half, enabled=bool(args.bf16 or args.fp16)):
-                options: dict[str, Any] = {
-                    "template": _template_options(args),
-                    "stop_token": getattr(args, "stop_token", None),
-                }
-                means = self.measure(model, step=state.global_step, **options)
-        means = _from_first_rank(means)
+                means = self.measure(
+                    model,
+                    step=state.global_step,
+                    template=getattr(args, "chat_template_kwargs", None),
+                    stop_token=getattr(args, "stop_token", None),
+                )
+        means = broadcast_object_list([means])[0]
         if metrics is not None:
             metrics.update(means)
         if self.log is not None and means:
@@ -112,17 +102,16 @@ class Samples(TrainerCallback):
         """Answer all prompts, write samples.jsonl and return the mean of every score as ``eval_<score>``."""
         start = time.monotonic()
         prompts = [sampling.encode_prompt(self.tokenizer, row, template or {}) for row in self.rows]
-        limit = _context(model) - self.max_new_tokens
-        fit = [i for i, ids in enumerate(prompts) if 0 < len(ids) <= limit]
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        fit = [i for i, ids in enumerate(prompts) if 0 < len(ids) <= context - self.max_new_tokens]
         if len(fit) < len(prompts):
             self._tell(
                 f"{len(prompts) - len(fit)} of {len(prompts)} held-out prompts are not answered: they leave no room "
-                f"for {self.max_new_tokens} new tokens in the model's context of {_context(model)}"
+                f"for {self.max_new_tokens} new tokens in the model's context of {context}"
             )
         if not fit:
             return {}
-        rows = [self.rows[i] for i in fit]
-        ids = [prompts[i] for i in fit]
+        rows, ids = [self.rows[i] for i in fit], [prompts[i] for i in fit]
         sizes = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
         with untouched_random_state():  # a score may draw, and so may a model's own code
             answers = generate(model, self.tokenizer, ids, stop_token=stop_token, **sizes)
@@ -263,24 +252,7 @@ def _evaluating(model: Any) -> Iterator[None]:
             module.training = True
 
 
-def _context(model: Any) -> int:
-    """Return how many tokens the model can hold; beyond counting where its config does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 40
-
-
-def _template_options(args: Any) -> dict[str, Any]:
-    return dict(getattr(args, "chat_template_kwargs", None) or {})
-
-
 def _is_sharded(model: Any) -> bool:
     """Whether a process holds only a part of the weights, so that one process alone would wait for ever."""
     parts = any(hasattr(p, "ds_id") or hasattr(p, "to_local") for p in model.parameters())
     return parts or any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
-
-
-def _from_first_rank(means: dict[str, float]) -> dict[str, float]:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return means
-    box = [means]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
