@@ -4,6 +4,8 @@ import difflib
 import itertools
 import re
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,21 +77,23 @@ def compose(
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
+    from omegaconf import OmegaConf, open_dict
 
     arguments = rewrite_overrides(overrides)
     if config_dir:
         arguments.append(f"hydra.searchpath=[file://{Path(config_dir).resolve()}]")
-    with initialize_config_dir(str(CONF), version_base="1.3", job_name="runner"):
-        composed = _translated(lambda: hydra_compose(config_name, arguments, return_hydra_config=True))
+    with initialize_config_dir(str(CONF), version_base="1.3", job_name="runner"), _translated():
+        composed = hydra_compose(config_name, arguments, return_hydra_config=True)
         raw: Any = OmegaConf.to_container(composed, resolve=False)
         typed = {str(parsed.key_or_group) for parsed in parse(arguments)}
         if dangers := find_dangers(raw, typed):
             raise ConfigError(_listed(dangers))
         HydraConfig.instance().set_config(composed)
         choices = {k: str(v) for k, v in composed.hydra.runtime.choices.items() if not k.startswith("hydra/")}
-        run_dir = Path(_translated(lambda: composed.hydra.run.dir))
-        config = _translated(lambda: _resolved(composed))
+        run_dir = Path(composed.hydra.run.dir)
+        with open_dict(composed):
+            del composed["hydra"]
+        config: Any = OmegaConf.to_container(composed, resolve=True)
         if escape := find_escape(str(config.get("output_dir")), typed):
             raise ConfigError(_listed(escape))
         if check and (faults := find_faults(config, choices)):
@@ -107,7 +111,6 @@ def read_values(overrides: list[str], *, groups: bool = False) -> dict[str, Any]
     Raises:
         ConfigError: One cannot be parsed, sweeps, or chooses an option of a group.
     """
-    overrides = [_quoted(text) for text in overrides]
     found = {}
     for text, parsed in zip(overrides, parse(overrides), strict=True):
         chooses = parsed.package is not None or parsed.key_or_group in group_names() or "/" in parsed.key_or_group
@@ -163,23 +166,15 @@ def parse(overrides: list[str]) -> list[Any]:
     return parsed
 
 
-def _resolved(composed: Any) -> dict[str, Any]:
-    from omegaconf import OmegaConf, open_dict
-
-    with open_dict(composed):
-        del composed["hydra"]
-    resolved: Any = OmegaConf.to_container(composed, resolve=True)
-    return resolved
-
-
-def _translated(action: Any) -> Any:
-    """Run a step of Hydra's; what it raises comes back as one kind message."""
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Turn what Hydra raises into one kind message."""
     from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     try:
-        return action()
+        yield
     except MissingConfigException as error:
         raise ConfigError(
             _missing_option(error.missing_cfg_file or "", list(error.options or []), str(error))

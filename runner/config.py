@@ -66,9 +66,9 @@ def find_faults(config: dict[str, Any], choices: dict[str, str]) -> list[str]:
         choices: The chosen option of each group, for the messages.
     """
     faults: list[str] = []
-    own = schema.own_fields(schema.Root)
-    groups = {"model", "dataset", "reward", "samples", "launch", *UPSTREAM}
-    known = {f"{key}": field for key, field in own.items()}
+    known = schema.own_fields(schema.Root)
+    left_out = {group for group in schema.OPTIONAL if not isinstance(config.get(group), dict)}
+    groups = {*schema.GROUPS, *UPSTREAM} - left_out
     for group in sorted(groups):
         node = config.get(group)
         if not isinstance(node, dict):
@@ -78,12 +78,6 @@ def find_faults(config: dict[str, Any], choices: dict[str, str]) -> list[str]:
             known |= {f"{group}.{key}": field for key, field in _group_fields(group, node).items()}
         except ConfigError as error:
             faults.append(str(error))
-    if isinstance(config.get("search"), dict):
-        groups.add("search")
-        known |= {f"search.{key}": field for key, field in schema.own_fields(schema.Search).items()}
-    if isinstance(config.get("value_model"), dict):
-        groups.add("value_model")
-        known |= {f"value_model.{key}": field for key, field in schema.own_fields(schema.Model).items()}
     for path, value in _leaves(config, groups, known):
         if path in OWNED and value is not None:
             faults.append(f"{path} is set by the runner. Use {OWNED[path]}.")
@@ -277,11 +271,9 @@ def _group_fields(group: str, node: dict[str, Any]) -> dict[str, schema.Field]:
     """Return the fields that a group's node may have, nested nodes of our own groups included."""
     if group in UPSTREAM:
         return _upstream_fields(group, node)
-    if group == "model":
-        return schema.own_fields(schema.Model)
-    if group in ("samples", "launch"):
-        return schema.own_fields(schema.Samples if group == "samples" else schema.Launch)
-    known = schema.own_fields(schema.Dataset if group == "dataset" else schema.Reward)
+    known = schema.own_fields(schema.GROUPS[group])
+    if group not in ("dataset", "reward"):
+        return known
     nested, function, module = (
         ("sources", "generator", "arithmetic") if group == "dataset" else ("terms", "function", "rewards")
     )
@@ -330,12 +322,10 @@ def _leaves(config: dict[str, Any], groups: set[str], known: dict[str, schema.Fi
 
     for key, value in config.items():
         walk(str(key), value)
-    required = {path.rsplit(".", 1)[0] for path, _ in found}
-    present = {path for path, _ in found}
-    for path, field in known.items():
-        if field.required and path not in present and path.rsplit(".", 1)[0] in required:
-            found.append((path, "???"))
-    return found
+    present = dict(found)
+    nodes = {path.rsplit(".", 1)[0] for path in present}
+    lacking = [path for path, field in known.items() if field.required and path.rsplit(".", 1)[0] in nodes]
+    return found + [(path, "???") for path in lacking if path not in present]
 
 
 def _value_faults(path: str, value: Any, field: schema.Field) -> list[str]:

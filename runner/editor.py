@@ -21,9 +21,7 @@ def json_schema() -> dict[str, Any]:
     """
     own = {
         "model": _closed(schema.own_fields(schema.Model), "model"),
-        "samples": _closed(schema.own_fields(schema.Samples), None),
-        "launch": _closed(schema.own_fields(schema.Launch), None),
-        "search": _closed(schema.own_fields(schema.Search), None),
+        **{name: _closed(schema.own_fields(schema.GROUPS[name]), None) for name in ("samples", "launch", "search")},
         "dataset": _dataset(),
         "reward": _reward(),
     }

@@ -112,6 +112,19 @@ class Root:
     global_batch_size: int | None = None
 
 
+# The groups whose keys are our own. The last two need not be there.
+GROUPS = {
+    "model": Model,
+    "dataset": Dataset,
+    "reward": Reward,
+    "samples": Samples,
+    "launch": Launch,
+    "search": Search,
+    "value_model": Model,
+}
+OPTIONAL = {"search", "value_model"}
+
+
 @dataclass(frozen=True)
 class Field:
     """One key of a config class: its type for checking, its type as a person reads it, and where it is from."""
@@ -187,15 +200,13 @@ def upstream_fields(target: str) -> dict[str, Field]:
     Raises:
         ConfigError: The installed library has no such class.
     """
-    path, node = locate(target)
-    return dict(_fields_of(path, node))
+    return dict(_fields_of(*locate(target)))
 
 
 @lru_cache(maxsize=64)
 def bases_of(target: str) -> tuple[str, ...]:
     """Return the class name of a config class and of all its bases, nearest first."""
-    path, node = locate(target)
-    return tuple(name for name, _, _ in _lineage(path, node))
+    return tuple(name for name, _, _ in _lineage(*locate(target)))
 
 
 @lru_cache(maxsize=64)
@@ -209,10 +220,8 @@ def locate(target: str) -> tuple[Path, ast.ClassDef]:
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(f"{target} cannot be used: the package {package!r} is not installed. pip install {package}")
-    found = None
     module = _module_file(Path(spec.submodule_search_locations[0]).joinpath(*parts))
-    if module:
-        found = _find_class(module, name)
+    found = _find_class(module, name) if module else None
     if found is None:
         from importlib.metadata import version
 
@@ -227,10 +236,8 @@ def _parse(path: Path) -> ast.Module:
 
 
 def _module_file(base: Path) -> Path | None:
-    for candidate in (base.with_name(base.name + ".py"), base / "__init__.py"):
-        if candidate.is_file():
-            return candidate
-    return None
+    candidates = (base.with_name(base.name + ".py"), base / "__init__.py")
+    return next(filter(Path.is_file, candidates), None)
 
 
 @lru_cache(maxsize=512)
@@ -263,8 +270,7 @@ def _imported_file(path: Path, node: ast.ImportFrom) -> Path | None:
 def _lineage(path: Path, node: ast.ClassDef) -> Iterator[tuple[str, Path, ast.ClassDef]]:
     yield node.name, path, node
     for base in node.bases:
-        name = ast.unparse(base).split(".")[-1]
-        if found := _find_class(path, name):
+        if found := _find_class(path, ast.unparse(base).split(".")[-1]):
             yield from _lineage(*found)
 
 
