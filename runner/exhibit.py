@@ -72,11 +72,11 @@ def check_view(done: Check) -> dict[str, Any]:
     """Show the first rows and the longest as the model sees them, and what rewards say."""
     if done.tokenizer is None:
         raise Passed("it needs rows and a tokenizer")
-    evaluates = done.rows.eval is not None
-    size = done.config.get("global_batch_size")
-    where = done.composed.run_dir
     done.arguments, _ = trainers.build_arguments(
-        done.config["trainer"], where, evaluates=evaluates, global_batch_size=size
+        done.config["trainer"],
+        done.composed.run_dir,
+        evaluates=done.rows.eval is not None,
+        global_batch_size=done.config.get("global_batch_size"),
     )
     examples = done.audit["train"]["examples"]
     learns = find_learnt(done.trainer, done.reads, done.read[0], done.arguments)
@@ -87,14 +87,17 @@ def check_view(done: Check) -> dict[str, Any]:
     how_marked = "in colour" if marks == COLOUR else f"between {marks[0]} and {marks[1]}"
     say(f"  {MEANS[learns]}" + ("" if learns == "nothing" else f", {how_marked}"))
     limit = getattr(done.arguments, "max_length", None)
-    shown, missing = {}, {}
-    how: dict[str, Any] = {"reads": done.reads, "tools": done.reads != "prompt" or done.trainer == "ppo"}
+    shown: dict[int, dict[str, str]] = {}
+    missing = {}
+    tools = done.reads != "prompt" or done.trainer == "ppo"  # whether the trainer tells the template of them
     for number in dict.fromkeys([*examples["first"], *examples["longest"]]):
-        row = done.read[number - 1]
-        shown[number] = mark_row(row, done.tokenizer, learns=learns, limit=limit, marks=marks, **how)
-        for side, text in shown[number].items():
+        row, shown[number] = done.read[number - 1], {}
+        spelt = spell_rows([dict(row)], done.tokenizer, reads=done.reads, tools=tools)[0]
+        for side, one in zip(SIDES.get(done.reads, ("",)), spelt, strict=False):
+            text = _marked(one, _learnt(one, row, done.tokenizer, learns), done.tokenizer, limit, marks)
+            shown[number][side] = text
             say(f"  row {number}{' ' + side if side else ''}: {text}".replace("\n", "\n    "))
-        if absent := left_out(row, done.tokenizer, **how):
+        if absent := left_out(row, spelt, done.reads):
             missing[number] = absent
     for number, absent in missing.items():
         text = f"the chat template does not write all of row {number}, and the model never sees: {', '.join(absent)}."
@@ -154,38 +157,13 @@ class _Unread(nn.Module):
 # ---------------------------------------------------------------- rows as the model sees them
 
 
-def mark_row(
-    row: Mapping[str, Any],
-    tokenizer: Any,
-    *,
-    reads: str,
-    learns: str,
-    limit: int | None,
-    marks: tuple[str, str],
-    tools: bool = True,
-) -> dict[str, str]:
-    """Return the sequences of a row, decoded from their tokens, with what is learnt between marks.
-
-    Args:
-        row: as the trainer reads it.
-        tokenizer: the policy's.
-        reads: what the trainer reads.
-        learns: ``answer``; ``all``; ``assistant``, what the template marks as the assistant's; ``end``, where a score
-            is read; or ``nothing``, of a prompt.
-        limit: tokens that are kept; the rest is shown as cut off.
-        marks: before and after what is learnt.
-        tools: whether the trainer tells the template of them.
-    """
-    spelt = spell_rows([dict(row)], tokenizer, reads=reads, tools=tools)[0]
-    names = SIDES.get(reads, ("",))
-    return {
-        name: _marked(one, _learnt(one, row, tokenizer, learns), tokenizer, limit, marks)
-        for name, one in zip(names, spelt, strict=False)
-    }
-
-
 def find_learnt(trainer: str, reads: str, row: Mapping[str, Any], arguments: Any) -> str:
-    """Return which tokens of its rows a trainer learns, see ``mark_row``."""
+    """Return which tokens of its rows a trainer learns.
+
+    Returns:
+        ``answer``; ``all``; ``assistant``, what the template marks as the assistant's; ``end``, where a score is read;
+        or ``nothing``, of a prompt.
+    """
     if reads == "prompt":
         return "nothing"
     if trainer == "reward":
@@ -216,6 +194,7 @@ def _learnt(one: Spelt, row: Mapping[str, Any], tokenizer: Any, learns: str) -> 
 
 
 def _marked(one: Spelt, learnt: Sequence[bool], tokenizer: Any, limit: int | None, marks: tuple[str, str]) -> str:
+    """Return a sequence, decoded from its tokens, with what is learnt between marks and the rest over a limit cut."""
     ids, kept = one.ids, len(one.ids) if limit is None else min(limit, len(one.ids))
     pieces, start = [], 0
     for place in range(1, kept + 1):
@@ -244,9 +223,8 @@ def differing_prompt(row: Mapping[str, Any], tokenizer: Any, *, reads: str) -> t
     return None
 
 
-def left_out(row: Mapping[str, Any], tokenizer: Any, *, reads: str, tools: bool = True) -> list[str]:
+def left_out(row: Mapping[str, Any], spelt: Sequence[Spelt], reads: str) -> list[str]:
     """Return what of a chat its template does not write: contents, names of tools and of tools that are called."""
-    spelt = spell_rows([dict(row)], tokenizer, reads=reads, tools=tools)[0]
     text = "\n".join(one.text for one in spelt)
     told = row.get("tools") or []
     parts = [

@@ -87,8 +87,8 @@ def replay(run_dir: Path, output_dir: Path | None = None, **workers: int) -> str
 
 def differences(one: Any, other: Any, names: list[str]) -> Iterator[str]:
     """Yield what two manifests say otherwise under some dotted names."""
-    for name in names:
-        for key, (old, new) in changes({name: _at(one, name)}, {name: _at(other, name)}).items():
+    for key, (old, new) in changes(one, other).items():
+        if any(f"{key}.".startswith(f"{name}.") for name in names):
             yield f"{key} was {old} and is {new}"
 
 
@@ -107,12 +107,6 @@ def part(one: Path, other: Path, record: Any, repeated: Any) -> str | None:
     if record.get("result_sha256") != repeated.get("result_sha256"):
         return "All metrics are the same, and the final weights are not"
     return None
-
-
-def _at(tree: Any, name: str) -> Any:
-    for key in name.split("."):
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return tree
 
 
 if __name__ == "__main__":
