@@ -16,7 +16,7 @@ from typing import Any
 from runner import disk, manifest
 from runner.errors import ConfigError
 from runner.freeze import freeze
-from runner.report import number
+from runner.report import number, read_lines
 
 ENOUGH = 4  # completed trials, before anything is said of how much a key matters
 WIDE = 60  # characters of a cause in the table
@@ -49,13 +49,9 @@ class Row:
 
 def last_values(run_dir: Path, names: list[str]) -> tuple[dict[str, float | None], int, list[str]]:
     """Read a run's objectives, as they were at its end, its steps, and the names of all that it logs."""
-    path = run_dir / "metrics.jsonl"
     found: dict[str, Any] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            found |= json.loads(line)
-        except ValueError:  # half a line, of a kill
-            continue
+    for line in read_lines(run_dir / "metrics.jsonl"):
+        found |= line
     steps = int(found.get("step") or 0)
     if (run_dir / manifest.FILE).exists():
         found |= manifest.read(run_dir).get("metrics") or {}

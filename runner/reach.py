@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,7 +51,7 @@ def find_places(config: dict[str, Any], *, ask: bool) -> tuple[list[Place], list
             wanted[f"{key}.name_or_path"] = (node["name_or_path"], node.get("revision"), "model", "config.json")
             if other := node.get("tokenizer_name_or_path"):
                 wanted[f"{key}.tokenizer_name_or_path"] = (other, None, "model", "tokenizer_config.json")
-    for key, node in _datasets(config["dataset"]).items():
+    for key, node in _nested(config["dataset"], "dataset", "sources"):
         if isinstance(node.get("path"), str):
             wanted[f"{key}.path"] = (node["path"], node.get("revision"), "dataset", "README.md")
     places, faults = [], []
@@ -62,19 +63,16 @@ def find_places(config: dict[str, Any], *, ask: bool) -> tuple[list[Place], list
     return places, faults
 
 
-def reward_models(node: dict[str, Any], path: str = "reward") -> dict[str, Any]:
+def reward_models(node: dict[str, Any]) -> dict[str, Any]:
     """Return the model nodes of a reward node, by their keys."""
-    found = {f"{path}.model": node["model"]} if node.get("model") else {}
-    for name, term in (node.get("terms") or {}).items():
-        found |= reward_models(term or {}, f"{path}.terms.{name}")
-    return found
+    return {f"{path}.model": one["model"] for path, one in _nested(node, "reward", "terms") if one.get("model")}
 
 
-def _datasets(node: dict[str, Any], path: str = "dataset") -> dict[str, dict[str, Any]]:
-    found = {path: node} if node.get("path") else {}
-    for name, source in (node.get("sources") or {}).items():
-        found |= _datasets(source, f"{path}.sources.{name}")
-    return found
+def _nested(node: dict[str, Any], path: str, inner: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield a node and all that are in it, with their keys."""
+    yield path, node
+    for name, child in (node.get(inner) or {}).items():
+        yield from _nested(child or {}, f"{path}.{inner}.{name}", inner)
 
 
 def _find(key: str, name: str, revision: str | None, kind: str, marker: str, *, ask: bool) -> Place:

@@ -15,8 +15,6 @@ import yaml
 from runner import curves, manifest
 from runner.errors import ConfigError
 
-Tree = Mapping[str, Any]
-
 KEY_METRICS = (  # of the end of a run, as far as the trainer logs them
     *("loss", "reward", "objective/scores", "objective/kl", "rewards/accuracies", "rewards/margins", "accuracy"),
     *("margin", "kl"),
@@ -84,8 +82,8 @@ def load(run_dir: str | Path) -> Run:
         path,
         manifest.read(path),
         (yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None) or {},
-        list(_lines(path / "metrics.jsonl")),
-        _evaluations(line for line in _lines(path / "samples.jsonl") if "rollout" not in line),
+        list(read_lines(path / "metrics.jsonl")),
+        _evaluations(line for line in read_lines(path / "samples.jsonl") if "rollout" not in line),
     )
 
 
@@ -111,7 +109,7 @@ def write_page(run_dir: str | Path) -> None:
         run=run,
         names=run.names,
         status=run.status,
-        command=_command(run),
+        command=shlex.join(map(str, run.manifest.get("argv", []))),
         facts=[*_facts(run), *((name, f"{number(a)} -> {number(b)}") for name, a, b in ends(run))],
         image=base64.b64encode(image.read_bytes()).decode() if image.is_file() else None,
         samples=[(before.get(line["index"]), line) for line in last],
@@ -178,7 +176,7 @@ def number(value: Any) -> str:
 # ---- reading ----------------------------------------------------------------------------------------------
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of a JSONL file; a run that was killed may have left half a line at its end."""
     if not path.is_file():
         return
@@ -244,10 +242,6 @@ def _time_taken(run: Run) -> str:
     seconds = round((datetime.fromisoformat(ended) - datetime.fromisoformat(times["running"])).total_seconds())
     minutes, seconds = divmod(seconds, 60)
     return f" in {minutes // 60} h {minutes % 60} min" if minutes >= 60 else f" in {minutes} min {seconds} s"
-
-
-def _command(run: Run) -> str:
-    return shlex.join(str(word) for word in run.manifest.get("argv", []))
 
 
 def _next_command(run: Run) -> str:

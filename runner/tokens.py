@@ -25,21 +25,19 @@ FIRST_ROWS = 2
 
 
 def fit_splits(
-    splits: "Splits",
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    reads: str,
-    max_length: int | None,
-    too_long: str,
-    trainer: str = "",
+    splits: "Splits", tokenizer: "PreTrainedTokenizerBase", **options: Any
 ) -> tuple["Splits", dict[str, Any]]:
-    """Apply ``fit_lengths`` to the train and eval rows; return them with their token ids, and the audit of each."""
+    """Apply ``fit_lengths`` to the train and eval rows; return them with their token ids, and the audit of each.
+
+    Args:
+        splits: what ``data.load_splits`` gave.
+        tokenizer: with the chat template and special tokens of the training.
+        options: the other keywords of ``fit_lengths``.
+    """
     fitted, ids, audit = {}, {}, {}
     for name, dataset in (("train", splits.train), ("eval", splits.eval)):
         if dataset is not None:
-            fitted[name], ids[name], audit[name] = fit_lengths(
-                dataset, tokenizer, reads=reads, max_length=max_length, too_long=too_long, name=name, trainer=trainer
-            )
+            fitted[name], ids[name], audit[name] = fit_lengths(dataset, tokenizer, name=name, **options)
     return replace(splits, ids=ids, **fitted), audit
 
 
@@ -210,10 +208,7 @@ def _quantiles(lengths: Iterable[int]) -> dict[str, int]:
 
 def _warn(name: str, audit: dict[str, Any], limit: str) -> None:
     if audit["dropped"]:
-        logger.warning(
-            "%s: %d of %d rows are left out: over %s tokens.",
-            name, audit["dropped"], audit["rows"], limit,
-        )  # fmt: skip
+        logger.warning("%s: %d of %d rows are left out: over %s tokens.", name, audit["dropped"], audit["rows"], limit)
     findings = {
         "truncated": "are cut at trainer.max_length, and their answers do not end",
         "prompt_differs": "have a prompt that the chat template writes otherwise alone, which is how it will be used",
