@@ -4,6 +4,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -381,6 +382,13 @@ def option_names(group: str) -> list[str]:
     return sorted(p.stem for p in (CONF / group).glob("*.yaml") if not p.stem.startswith("_"))
 
 
+def option_targets(group: str) -> dict[str, str]:
+    """Return the class that each option of an upstream group names."""
+    texts = {option: (CONF / group / f"{option}.yaml").read_text("utf-8") for option in option_names(group)}
+    found = {option: re.search(r"^_target_: (\S+)", text, re.MULTILINE) for option, text in texts.items()}
+    return {option: target[1] for option, target in found.items() if target}
+
+
 def _options(group: str) -> str:
     return " or ".join(f"{group}={o}" for o in option_names(group) if o != "none")
 
@@ -388,12 +396,8 @@ def _options(group: str) -> str:
 def _other_options(group: str, name: str, choices: dict[str, str]) -> list[str]:
     """List the options of an upstream group, other than the chosen one, whose class has a field of that name."""
     found = []
-    for option in option_names(group) if group in UPSTREAM else []:
-        target = re.search(r"^_target_: (\S+)", (CONF / group / f"{option}.yaml").read_text("utf-8"), re.MULTILINE)
-        if option != choices.get(group) and target:
-            try:
-                if name in schema.upstream_fields(target[1]):
-                    found.append(option)
-            except ConfigError:  # an option that the installed library lacks cannot be a suggestion
-                continue
+    for option, target in option_targets(group).items() if group in UPSTREAM else ():
+        with suppress(ConfigError):  # an option that the installed library lacks cannot be a suggestion
+            if option != choices.get(group) and name in schema.upstream_fields(target):
+                found.append(option)
     return found

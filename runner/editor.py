@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 from runner import schema
-from runner.config import CONF, OWNED, UPSTREAM, option_names
+from runner.config import CONF, OWNED, UPSTREAM, option_targets
 from runner.errors import ConfigError
 
 INTERPOLATION = {"type": "string", "pattern": r"\$\{"}  # which stands for a value of any type
@@ -46,16 +47,11 @@ def json_schema() -> dict[str, Any]:
 def _classes(group: str) -> dict[str, Any]:
     """Return the schema of every upstream class that an option of a group names."""
     found: dict[str, Any] = {}
-    for option in option_names(group):
-        target = re.search(r"^_target_: (\S+)", (CONF / group / f"{option}.yaml").read_text("utf-8"), re.MULTILINE)
-        if target and target[1] not in found:
-            try:
-                fields = schema.upstream_fields(target[1])
-            except ConfigError:  # the installed library lacks it: the option cannot be chosen either
-                continue
-            closed = _closed({k: field for k, field in fields.items() if f"{group}.{k}" not in OWNED}, group)
-            closed["properties"]["_target_"] = {"const": target[1]}
-            found[target[1]] = closed
+    for target in dict.fromkeys(option_targets(group).values()):
+        with suppress(ConfigError):  # the installed library lacks it: the option cannot be chosen either
+            fields = {k: field for k, field in schema.upstream_fields(target).items() if f"{group}.{k}" not in OWNED}
+            found[target] = _closed(fields, group)
+            found[target]["properties"]["_target_"] = {"const": target}
     return found
 
 

@@ -28,19 +28,14 @@ def make_features(rows: Sequence[Row]) -> "Features":
 
 def make_table(rows: Sequence[Row], features: "Features") -> "Dataset":
     """Make a dataset in memory; a column that a row lacks is null."""
-    import pyarrow as pa
-    from datasets import Dataset
-    from datasets.table import InMemoryTable, table_cast
+    from datasets import Dataset, concatenate_datasets
 
-    stored = pa.schema([(name, _stored(kind)) for name, kind in features.items()])
-    chunks = [
-        pa.table(
-            {name: [_encode(name, row.get(name), kind) for row in chunk] for name, kind in features.items()},
-            schema=stored,
-        )
-        for chunk in (rows[start : start + CHUNK_ROWS] for start in range(0, len(rows), CHUNK_ROWS))
-    ]
-    return Dataset(InMemoryTable(table_cast(pa.concat_tables(chunks), features.arrow_schema)))
+    chunks = (rows[start : start + CHUNK_ROWS] for start in range(0, len(rows), CHUNK_ROWS))
+    columns = (
+        {name: [_encode(name, row.get(name), kind) for row in chunk] for name, kind in features.items()}
+        for chunk in chunks
+    )
+    return concatenate_datasets([Dataset.from_dict(chunk, features=features) for chunk in columns])
 
 
 def interleave(
@@ -74,18 +69,6 @@ def _feature(column: str, values: list[Any]) -> Any:
         return Features.from_arrow_schema(pa.schema({column: pa.array(present).type}))[column]
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # types that differ from row to row
         return Json()
-
-
-def _stored(kind: Any) -> Any:
-    """Return the Arrow type that our own encoding has, before ``datasets`` gives it its meaning."""
-    import pyarrow as pa
-    from datasets import Features, Json, List
-
-    if isinstance(kind, Json):
-        return pa.string()
-    if isinstance(kind, List) and isinstance(kind.feature, Json):
-        return pa.list_(pa.string())
-    return Features({"": kind}).arrow_schema.field(0).type
 
 
 def _encode(column: str, value: Any, kind: Any) -> Any:
