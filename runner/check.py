@@ -29,6 +29,7 @@ from runner.config import find_idle, flat, group_names
 from runner.errors import ConfigError
 from runner.findings import Finding
 
+READING_ORDER = ("experiment", "trainer", "model", "dataset", "peft", "quantization", "reward")
 OPTIONS = {"json": "a path", "reach": "true or false", "probe": "true or false", "policy": "a finding"}
 
 
@@ -171,7 +172,8 @@ class _Notes(logging.Handler):
 def check_config(done: Check) -> dict[str, Any]:
     """Say what was chosen, what differs from the option files, and what has no effect."""
     made = done.composed.choices
-    choices = {group: made[group] for group in sorted(made, key=_place) if made[group] not in ("None", "null")}
+    order = dict.fromkeys([*READING_ORDER, *sorted(made)])
+    choices = {group: made[group] for group in order if made.get(group) not in (None, "None", "null")}
     say("  " + " ".join(f"{group}={option}" for group, option in choices.items()))
     mine, files = flat(done.config), flat(_files(done))
     keys = sorted((mine | files).keys() - {"output_dir", "trainer.seed"})
@@ -188,12 +190,6 @@ def check_config(done: Check) -> dict[str, Any]:
         "choices": choices,
         "changed": {key: {"value": value, "files": file} for key, (value, file) in changed.items()},
     }
-
-
-def _place(group: str) -> tuple[int, str]:
-    """Return where a group comes in the order in which people read them."""
-    known = ("experiment", "trainer", "model", "dataset", "peft", "quantization", "reward")
-    return (known.index(group) if group in known else len(known)), group
 
 
 def _files(done: Check) -> dict[str, Any]:

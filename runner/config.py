@@ -282,7 +282,7 @@ def _group_fields(group: str, node: dict[str, Any]) -> dict[str, schema.Field]:
     if isinstance(name, str) and "." not in name:
         known |= schema.keyword_fields(module, name)
     elif isinstance(name, str):  # a person's own function: its keywords are checked when it is called
-        known |= {key: schema.Field(Any, "any value", name) for key in node if key not in known}
+        known |= {key: schema.Field(Any, "any value") for key in node if key not in known}
     if group == "reward" and isinstance(node.get("model"), dict):
         known |= {f"model.{key}": field for key, field in schema.own_fields(schema.Model).items()}
     for name, child in (node.get(nested) or {}).items():

@@ -127,11 +127,10 @@ OPTIONAL = {"search", "value_model"}
 
 @dataclass(frozen=True)
 class Field:
-    """One key of a config class: its type for checking, its type as a person reads it, and where it is from."""
+    """One key of a config class: its type for checking, and as a person reads it."""
 
     type: Any
     text: str
-    owner: str
     required: bool = False
     doc: str = ""
 
@@ -160,7 +159,6 @@ def own_fields(cls: type) -> dict[str, Field]:
         f.name: Field(
             f.type,
             f.type.__name__ if isinstance(f.type, type) else str(f.type).replace("typing.", ""),
-            cls.__name__,
             required=f.default is MISSING and f.default_factory is MISSING,
         )
         for f in fields(cls)
@@ -185,7 +183,7 @@ def keyword_fields(module: str, function: str) -> dict[str, Field]:
         raise ConfigError(f"runner.{module} has no {function!r}; choose one of {sorted(public)}.")
     arguments = public[function].args
     return {
-        a.arg: Field(*_read_type(a.annotation, path), f"runner.{module}.{function}", required=default is None)
+        a.arg: Field(*_read_type(a.annotation, path), required=default is None)
         for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
     }
 
@@ -281,7 +279,7 @@ def _fields_of(path: Path, node: ast.ClassDef) -> Iterator[tuple[str, Field]]:
         arguments = init.args.args[1:]
         defaults = [None] * (len(arguments) - len(init.args.defaults)) + init.args.defaults
         for argument, default in zip(arguments, defaults, strict=True):
-            yield argument.arg, Field(*_read_type(argument.annotation or _type_of(default), path), node.name)
+            yield argument.arg, Field(*_read_type(argument.annotation or _type_of(default), path))
         return
     for base in reversed(node.bases):
         if found := _find_class(path, ast.unparse(base).split(".")[-1]):
@@ -291,8 +289,7 @@ def _fields_of(path: Path, node: ast.ClassDef) -> Iterator[tuple[str, Field]]:
             annotation = ast.unparse(statement.annotation)
             value = ast.unparse(statement.value) if statement.value else ""
             if "ClassVar" not in annotation and "init=False" not in value:
-                kind = _read_type(statement.annotation, path)
-                yield statement.target.id, Field(*kind, node.name, doc=_help(statement.value))
+                yield statement.target.id, Field(*_read_type(statement.annotation, path), doc=_help(statement.value))
 
 
 def _help(default: ast.expr | None) -> str:
