@@ -73,7 +73,6 @@ def panels(lines: Sequence[Line], scores: Sequence[str]) -> list[tuple[str, tupl
 def plot(lines: Sequence[Line], path: str | Path, *, title: str, scores: Sequence[str] = ()) -> bool:
     """Draw the curves into a PNG file; False where there is nothing to draw."""
     from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     chosen = panels(lines, scores)
@@ -85,7 +84,6 @@ def plot(lines: Sequence[Line], path: str | Path, *, title: str, scores: Sequenc
     with rc_context(style | {"axes.edgecolor": "#a0aec0", "xtick.color": "#4a5568", "ytick.color": "#4a5568"}):
         width, height = 4.2 * columns, 2.7 * rows + 0.5
         figure = Figure(figsize=(width, height))
-        FigureCanvasAgg(figure)
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color="#1a202c")
         last = max(line["step"] for line in lines)
         for place, (name, metrics) in enumerate(chosen):

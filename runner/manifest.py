@@ -1,6 +1,45 @@
 """manifest.json of a run directory: what ran, with what, and how it ended.
 
-It is valid JSON at every moment, also after a kill: it is replaced as a whole. ``FIELDS`` says what is in it.
+It is valid JSON at every moment, also after a kill: it is replaced as a whole.
+
+Fields:
+    schema: version of this format; it grows when a field changes its meaning
+    status: created, running, resumed, completed, failed, preempted or pruned
+    timeline: every status with its time (UTC)
+    heartbeat: time at which the process of a running run was alive
+    cause: why the run failed, was preempted or pruned
+    traceback: of what ended it, its end
+    argv: what was typed
+    overrides: what of it was for the config
+    choices: the option of each group
+    resumes: for each time that the run went on: its status before, and the keys that were changed
+    config_sha256: digest of config.yaml
+    git: commit, changed files and diff of the repository around the working directory
+    versions: of Python and of the libraries that a result hangs on
+    packages: versions of all that is installed
+    platform: operating system, machine, host
+    hardware: device, accelerators, processor, cores, memory, threads
+    process: number of the process
+    chosen: what was chosen for the hardware, because the config leaves it open
+    seed: of everything
+    determinism: seeds and settings of the training that decide whether it can be repeated
+    data: per split: rows read, kept and dropped by reason, files, fingerprint of the canonical rows
+    findings: what a person should know of rows and tokens, as python -m runner.check says it
+    plan: optimizer steps, tokens, evaluations and checkpoints that were foreseen
+    memory: bytes that were foreseen for one process, by part, and their peak
+    speed: seconds of an optimizer step, and tokens in a second
+    tokens: per split: the audit of what the model reads
+    rows: rows to train on
+    parameters: of the model
+    trainable_parameters: of the model
+    weights: precision, attention, quantization, commit and digest of what training began with
+    untrained_rewards: reward models whose head is random
+    metrics: at the end
+    correctable: whether the cause is one that a person can correct in the config
+    unexpected: metrics that are not as the recipe expects (check_expected)
+    result_sha256: digest of the weights in model/
+    peak_memory: bytes, of the process and of its devices
+    after: what failed after the run was saved: card, curves, report, push
 """
 
 import contextlib
@@ -28,45 +67,6 @@ SCHEMA = 1
 FILE = "manifest.json"
 BEAT_SECONDS = 15.0  # between two heartbeats of a running process
 SILENCE = 8  # heartbeats that fail to come before a process elsewhere is taken for dead
-FIELDS = {
-    "schema": "version of this format; it grows when a field changes its meaning",
-    "status": "created, running, resumed, completed, failed, preempted or pruned",
-    "timeline": "every status with its time (UTC)",
-    "heartbeat": "time at which the process of a running run was alive",
-    "cause": "why the run failed, was preempted or pruned",
-    "traceback": "of what ended it, its end",
-    "argv": "what was typed",
-    "overrides": "what of it was for the config",
-    "choices": "the option of each group",
-    "resumes": "for each time that the run went on: its status before, and the keys that were changed",
-    "config_sha256": "digest of config.yaml",
-    "git": "commit, changed files and diff of the repository around the working directory",
-    "versions": "of Python and of the libraries that a result hangs on",
-    "packages": "versions of all that is installed",
-    "platform": "operating system, machine, host",
-    "hardware": "device, accelerators, processor, cores, memory, threads",
-    "process": "number of the process",
-    "chosen": "what was chosen for the hardware, because the config leaves it open",
-    "seed": "of everything",
-    "determinism": "seeds and settings of the training that decide whether it can be repeated",
-    "data": "per split: rows read, kept and dropped by reason, files, fingerprint of the canonical rows",
-    "findings": "what a person should know of rows and tokens, as python -m runner.check says it",
-    "plan": "optimizer steps, tokens, evaluations and checkpoints that were foreseen",
-    "memory": "bytes that were foreseen for one process, by part, and their peak",
-    "speed": "seconds of an optimizer step, and tokens in a second",
-    "tokens": "per split: the audit of what the model reads",
-    "rows": "rows to train on",
-    "parameters": "of the model",
-    "trainable_parameters": "of the model",
-    "weights": "precision, attention, quantization, commit and digest of what training began with",
-    "untrained_rewards": "reward models whose head is random",
-    "metrics": "at the end",
-    "correctable": "whether the cause is one that a person can correct in the config",
-    "unexpected": "metrics that are not as the recipe expects (check_expected)",
-    "result_sha256": "digest of the weights in model/",
-    "peak_memory": "bytes, of the process and of its devices",
-    "after": "what failed after the run was saved: card, curves, report, push",
-}
 DIFF_LIMIT = 256 * 1024  # bytes of the dirty diff that are kept
 CHANGED_LIMIT = 200  # files that are named as changed
 GIT_SECONDS = 20  # before git is given up
