@@ -20,17 +20,13 @@ def write_card(run_dir: str | Path) -> None:
 
 
 def _card(run: report.Run) -> str:
-    from jinja2 import Environment
-
     names, adapter = run.names, (run.model / "adapter_config.json").is_file()
     named = str((run.config.get("model") or {}).get("name_or_path") or "?")
     base = EMBEDDED.get(named) or (named if _is_hub_id(named) else None)
     versions = run.manifest.get("versions") or {}
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    environment.filters["number"] = report.number
-    card = environment.from_string(Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8"))
-    return card.render(
-        names,
+    card = report.render(
+        "card.md.jinja",
+        **names,
         front=yaml.safe_dump(_front(run, base, adapter), sort_keys=False),
         title=_basename(named.rsplit(":", 1)[-1]),
         adapter=adapter,
@@ -41,6 +37,7 @@ def _card(run: report.Run) -> str:
         settings=yaml.safe_dump(_settings(run), sort_keys=False, allow_unicode=True),
         used=", ".join(f"{name} {versions[name]}" for name in LIBRARIES if name in versions),
     )
+    return card + "\n"
 
 
 def _front(run: report.Run, base: str | None, adapter: bool) -> dict[str, Any]:

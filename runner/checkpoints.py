@@ -76,7 +76,9 @@ class Checkpoints(TrainerCallback):
     def _load(self, args: Any) -> dict[str, Any]:
         """Return what this rank had counted and held."""
         assert self.resumed is not None
-        found = torch.load(_state_file(self.resumed, args), map_location=args.device.type, weights_only=True)
+        own = self.resumed / _state_name(args)  # which is not there where fewer processes saved
+        state = own if own.exists() else self.resumed / STATE
+        found = torch.load(state, map_location=args.device.type, weights_only=True)
         if (before := found.pop("processes")) != args.world_size:
             if found.pop(HELD, None):
                 raise ConfigError(
@@ -107,9 +109,8 @@ class Checkpoints(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         names = [name for name in (*COUNTED, *COLLECTED, HELD) if hasattr(self.trainer, name)]
         found = {name: _plain(getattr(self.trainer, name)) for name in names}
-        own = STATE.replace(".pt", f"_{args.process_index}.pt") if args.process_index else STATE
         found |= {"order": self.order, "processes": args.world_size, "training": self.trainer.model.training}
-        torch.save(found, folder / own)
+        torch.save(found, folder / _state_name(args))
         self.trainer.accelerator.wait_for_everyone()  # each process writes files of its own
         if not state.is_world_process_zero:
             return
@@ -242,10 +243,8 @@ def _by_step(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
 
 
-def _state_file(folder: Path, args: Any) -> Path:
-    """Return the file of this rank, or the first rank's where fewer saved the checkpoint."""
-    own = folder / STATE.replace(".pt", f"_{args.process_index}.pt")
-    return own if args.process_index and own.exists() else folder / STATE
+def _state_name(args: Any) -> str:
+    return STATE.replace(".pt", f"_{args.process_index}.pt") if args.process_index else STATE
 
 
 def _size(path: Path) -> int:

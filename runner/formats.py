@@ -20,7 +20,6 @@ from runner.rows import (
     read_label,
     read_messages,
     read_text,
-    read_text_or_messages,
     read_tool_call,
     read_tools,
     validate,
@@ -337,7 +336,8 @@ def _function(name: str) -> Callable[[Row], Row]:
 
 
 def _read(row: Row, *fields: str) -> Row:
-    return {field: read_text_or_messages(row, field) for field in fields}
+    """Take fields that are text or messages."""
+    return {field: (read_messages if isinstance(row.get(field), list) else read_text)(row, field) for field in fields}
 
 
 def _rest(row: Row, *used: str) -> Row:

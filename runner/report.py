@@ -96,16 +96,12 @@ def write_curves(run_dir: str | Path) -> None:
 
 def write_page(run_dir: str | Path) -> None:
     """Write report.html: one file that needs no other; the curves are those of curves.png."""
-    from jinja2 import Environment
-
     run = load(run_dir)
     image = run.path / "curves.png"
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "text": _prompt_text}
-    page = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
     first, last = (run.evaluations[0], run.evaluations[-1]) if run.evaluations else ([], [])
     before = {line["index"]: line for line in first}
-    html = page.render(
+    html = render(
+        "report.html.jinja",
         run=run,
         names=run.names,
         status=run.status,
@@ -119,6 +115,16 @@ def write_page(run_dir: str | Path) -> None:
         config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
     )
     (run.path / "report.html").write_text(html, encoding="utf-8")
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a template of this package with values in it, which are escaped in HTML."""
+    from jinja2 import Environment, PackageLoader
+
+    options: Any = {"autoescape": "html" in template, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=PackageLoader("runner", ""), **options)
+    environment.filters |= {"number": number, "text": _prompt_text}
+    return environment.get_template(template).render(values)
 
 
 def summary(run_dir: str | Path) -> str:

@@ -115,11 +115,6 @@ def read_text(row: Row, field: str) -> str:
     return value
 
 
-def read_text_or_messages(row: Row, field: str) -> str | list[Message]:
-    """Take a text, or normalise messages."""
-    return read_messages(row, field) if isinstance(row.get(field), list) else read_text(row, field)
-
-
 def read_label(row: Row) -> bool:
     """Parse ``label``: a bool, 0 or 1, or as in CSV the text true, false, yes, no, 1 or 0."""
     value = row.get("label")
