@@ -41,34 +41,23 @@ class RowFile:
 
     Attributes:
         name: of the file or table.
-        items: lines of JSON that are not parsed yet, rows, or a table that is read when asked.
+        items: lines of JSON that are not parsed yet, rows, or a ``datasets.Dataset``, which is read when asked.
         lines: line number of each item; empty where a format has none.
         about: path and size, for the manifest.
     """
 
     name: str
-    items: Sequence[Any]
+    items: Any
     lines: Sequence[int] = ()
     about: dict[str, Any] = field(default_factory=dict)
 
     def rows(self, start: int, stop: int) -> Iterator[tuple[str, Row | BadRow]]:
         """Yield where each row is from (``train.jsonl:17``), and the row or what is wrong with it."""
-        for offset, item in enumerate(self.items[start:stop], start):
+        wanted = range(len(self.items))[start:stop]
+        items = self.items[start:stop] if isinstance(self.items, list) else self.items.select(wanted).to_list()
+        for offset, item in zip(wanted, items, strict=True):
             origin = f"{self.name}:{self.lines[offset]}" if self.lines else f"{self.name} row {offset + 1}"
             yield origin, _row(item)
-
-
-class Table(Sequence[Any]):
-    """A ``datasets.Dataset`` whose rows are read slice by slice."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.dataset.select(range(*index.indices(len(self)))).to_list()
 
 
 def read_file(path: Path) -> RowFile:
@@ -79,7 +68,7 @@ def read_file(path: Path) -> RowFile:
             converts it), damaged, empty, or does not hold rows.
     """
     suffix = data_suffix(path)
-    items: Sequence[Any]
+    items: Any
     lines: Sequence[int] = ()
     if suffix == ".parquet":
         items = _read_parquet(path)
@@ -289,14 +278,13 @@ def _header(path: Path, cells: list[str]) -> list[str]:
     return cells
 
 
-def _read_parquet(path: Path) -> Sequence[Any]:
+def _read_parquet(path: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Dataset
     from datasets.table import InMemoryTable
 
     try:
-        dataset = Dataset(InMemoryTable(pq.read_table(path)))  # decodes the types that datasets has written
+        return Dataset(InMemoryTable(pq.read_table(path)))  # decodes the types that datasets has written
     except (pa.ArrowInvalid, OSError) as error:
         raise ConfigError(f"Cannot read {path}: it is not a whole Parquet file ({error}).") from error
-    return Table(dataset)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import ConfigError
-from runner.files import SUFFIXES, RowFile, Table, data_suffix, read_file
+from runner.files import SUFFIXES, RowFile, data_suffix, read_file
 from runner.hub import ensure_available
 from runner.rows import BadRow, Row
 
@@ -258,4 +258,4 @@ def _hub_table(path: str, revision: str | None, split: str, table: Any) -> RowFi
             f"Cannot read dataset.path={path} at dataset.revision={revision}: the hub's cache holds {commit}. Go "
             "online, or type that revision."
         )
-    return RowFile(f"{path} {split}", Table(table), about={"path": path, "commit": commit})
+    return RowFile(f"{path} {split}", table, about={"path": path, "commit": commit})
