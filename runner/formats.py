@@ -35,17 +35,18 @@ _SHAREGPT_ROLES = {
 
 
 def raw_format(
-    *, yields: Set[str], fits: Callable[[Set[str], Row], bool]
+    *needs: str, yields: Set[str] = frozenset(), when: Callable[[Set[str], Row], bool] = lambda columns, row: True
 ) -> Callable[[Callable[[Row], Row]], Callable[[Row], Row]]:
     """Mark a row function as a format.
 
     Args:
-        yields: columns that every row it returns has.
-        fits: whether these columns, with this row as a sample, look like the format.
+        needs: columns without which rows do not look like the format.
+        yields: columns that every row it returns has, if they are others.
+        when: what else these columns, with this row as a sample, must be to look like it.
     """
 
     def mark(function: Callable[[Row], Row]) -> Callable[[Row], Row]:
-        function.__dict__.update(yields=frozenset(yields), fits=fits)
+        function.__dict__.update(needs=frozenset(needs), yields=frozenset(yields or needs), when=when)
         return function
 
     return mark
@@ -82,7 +83,8 @@ def recognise(columns: Set[str], row: Row) -> str:
     Raises:
         ConfigError: no format fits, or more than one.
     """
-    fitting = [name for name in names() if vars(_function(name))["fits"](columns, row)]
+    formats = {name: vars(_function(name)) for name in names()}
+    fitting = [name for name, mark in formats.items() if mark["needs"] <= columns and mark["when"](columns, row)]
     if len(fitting) == 1:
         return fitting[0]
     seen = f"the columns are {sorted(columns)}"
@@ -112,19 +114,13 @@ def recognise(columns: Set[str], row: Row) -> str:
 # --- formats that are TRL's own dataset types
 
 
-@raw_format(
-    yields={"text"},
-    fits=lambda columns, row: "text" in columns and not _repeats_alpaca(columns, row),
-)
+@raw_format("text", when=lambda columns, row: not _repeats_alpaca(columns, row))
 def text(row: Row) -> Row:
     """Keep a text, all of which is learnt."""
     return {"text": read_text(row, "text"), **_rest(row)}
 
 
-@raw_format(
-    yields={"messages"},
-    fits=lambda columns, row: "messages" in columns and not _repeats_chosen(columns, row),
-)
+@raw_format("messages", when=lambda columns, row: not _repeats_chosen(columns, row))
 def messages(row: Row) -> Row:
     """Keep an OpenAI conversation, with its tools.
 
@@ -133,19 +129,13 @@ def messages(row: Row) -> Row:
     return {"messages": read_messages(row, "messages"), **_rest(row)}
 
 
-@raw_format(
-    yields={"prompt", "completion"},
-    fits=lambda columns, row: {"prompt", "completion"} <= columns and "label" not in columns,
-)
+@raw_format("prompt", "completion", when=lambda columns, row: "label" not in columns)
 def prompt_completion(row: Row) -> Row:
     """Keep a prompt and a completion, both text or both messages; leading spaces of a text are part of it."""
     return {**_read(row, "prompt", "completion"), **_rest(row)}
 
 
-@raw_format(
-    yields={"prompt", "chosen", "rejected"},
-    fits=lambda columns, row: {"prompt", "chosen", "rejected"} <= columns and not _repeats_prompt(row),
-)
+@raw_format("prompt", "chosen", "rejected", when=lambda columns, row: not _repeats_prompt(row))
 def preference(row: Row) -> Row:
     """Keep a prompt with a better and a worse answer, all text or all messages."""
     if _repeats_prompt(row):
@@ -154,12 +144,10 @@ def preference(row: Row) -> Row:
 
 
 @raw_format(
+    "chosen",
+    "rejected",
     yields={"prompt", "chosen", "rejected"},
-    fits=lambda columns, row: (
-        {"chosen", "rejected"} <= columns
-        and isinstance(row.get("chosen"), list)
-        and ("prompt" not in columns or _repeats_prompt(row))
-    ),
+    when=lambda columns, row: isinstance(row.get("chosen"), list) and ("prompt" not in columns or _repeats_prompt(row)),
 )
 def preference_implicit(row: Row) -> Row:
     """Split two conversations with a common beginning into that prompt and two answers.
@@ -174,12 +162,10 @@ def preference_implicit(row: Row) -> Row:
 
 
 @raw_format(
-    yields={"chosen", "rejected"},
-    fits=lambda columns, row: (
-        {"chosen", "rejected"} <= columns
-        and "prompt" not in columns
-        and isinstance(row.get("chosen"), str)
-        and not _is_transcript(row["chosen"])
+    "chosen",
+    "rejected",
+    when=lambda columns, row: (
+        "prompt" not in columns and isinstance(row.get("chosen"), str) and not _is_transcript(row["chosen"])
     ),
 )
 def preference_unprompted(row: Row) -> Row:
@@ -187,10 +173,7 @@ def preference_unprompted(row: Row) -> Row:
     return {"chosen": read_text(row, "chosen"), "rejected": read_text(row, "rejected"), **_rest(row)}
 
 
-@raw_format(
-    yields={"prompt", "completion", "label"},
-    fits=lambda columns, row: {"prompt", "completion", "label"} <= columns,
-)
+@raw_format("prompt", "completion", "label")
 def unpaired(row: Row) -> Row:
     """Keep a prompt, a completion and whether it is a good one.
 
@@ -200,10 +183,7 @@ def unpaired(row: Row) -> Row:
     return {**_read(row, "prompt", "completion"), "label": read_label(row), **_rest(row)}
 
 
-@raw_format(
-    yields={"prompt"},
-    fits=lambda columns, row: "prompt" in columns and not columns & {"completion", "completions", "chosen", "rejected"},
-)
+@raw_format("prompt", when=lambda columns, row: not columns & {"completion", "completions", "chosen", "rejected"})
 def prompt_only(row: Row) -> Row:
     """Keep a prompt; every other column is for the rewards."""
     label = {"label": row["label"]} if "label" in row else {}  # a reward's, here
@@ -213,10 +193,7 @@ def prompt_only(row: Row) -> Row:
 # --- formats of well-known datasets
 
 
-@raw_format(
-    yields={"prompt", "completion"},
-    fits=lambda columns, row: {"instruction", "output"} <= columns,
-)
+@raw_format("instruction", "output", yields={"prompt", "completion"})
 def alpaca(row: Row) -> Row:
     """Turn an Alpaca row into a prompt and a completion.
 
@@ -235,12 +212,9 @@ def alpaca(row: Row) -> Row:
 
 
 @raw_format(
+    "conversations",
     yields={"messages"},
-    fits=lambda columns, row: (
-        "conversations" in columns
-        and not columns & {"chosen", "rejected"}
-        and not _is_messages(row.get("conversations"))
-    ),
+    when=lambda columns, row: not columns & {"chosen", "rejected"} and not _is_messages(row.get("conversations")),
 )
 def sharegpt(row: Row) -> Row:
     """Turn a ShareGPT conversation (Vicuna, LLaMA-Factory) into messages.
@@ -272,10 +246,7 @@ def sharegpt(row: Row) -> Row:
     return {"messages": chat, **_rest(row, "conversations", "system")}
 
 
-@raw_format(
-    yields={"prompt", "completion"},
-    fits=lambda columns, row: {"input", "target"} <= columns,
-)
+@raw_format("input", "target", yields={"prompt", "completion"})
 def firefly(row: Row) -> Row:
     """Turn a Firefly row (``input``, ``target``) into a prompt and a completion.
 
@@ -286,10 +257,10 @@ def firefly(row: Row) -> Row:
 
 
 @raw_format(
+    "chosen",
+    "rejected",
     yields={"prompt", "chosen", "rejected"},
-    fits=lambda columns, row: (
-        {"chosen", "rejected"} <= columns and "prompt" not in columns and _is_transcript(row.get("chosen"))
-    ),
+    when=lambda columns, row: "prompt" not in columns and _is_transcript(row.get("chosen")),
 )
 def hh(row: Row) -> Row:
     r"""Turn two transcripts (``\n\nHuman: ...\n\nAssistant: ...``) into a prompt and two answers.
@@ -306,8 +277,10 @@ def hh(row: Row) -> Row:
 
 
 @raw_format(
+    "question",
+    "answer",
     yields={"prompt", "completion", "answer"},
-    fits=lambda columns, row: {"question", "answer"} <= columns and "####" in str(row.get("answer")),
+    when=lambda columns, row: "####" in str(row.get("answer")),
 )
 def gsm8k(row: Row) -> Row:
     """Turn a GSM8K row into a prompt, its worked solution and the final number.
