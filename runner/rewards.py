@@ -167,10 +167,7 @@ class Scorer:
         if len(values) != len(completions):
             found = f"it gave {len(values)} values for {len(completions)} completions, the first of them here"
             raise self._stop(found, given, 0)
-        for position, value in enumerate(values):
-            if value is not None:
-                values[position] = self._finite(value, given, position)
-        return values
+        return [None if value is None else self._finite(value, given, place) for place, value in enumerate(values)]
 
     def _call(self, given: dict[str, Any]) -> Any:
         kept = given if self.takes_all else {name: value for name, value in given.items() if name in self.takes}
