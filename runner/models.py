@@ -148,18 +148,16 @@ def load_classifier(
     name_or_path: str,
     *,
     tokenizer: "PreTrainedTokenizerBase",
-    num_labels: int = 1,
     scores: bool = False,
     **options: Any,
 ) -> "PreTrainedModel":
-    """Return a sequence classifier that fits ``tokenizer``.
+    """Return a sequence classifier with one score that fits ``tokenizer``.
 
     Where the model had no score head, it gets a random one, and ``new_head`` is true.
 
     Args:
         name_or_path: A folder or a hub id; an adapter's folder gives its base with the adapter merged in.
         tokenizer: What ``load_tokenizer`` gave.
-        num_labels: Scores for each sequence; a reward model has one.
         scores: Whether it is to score others, which a random head cannot.
         options: The other keywords of ``load_policy``.
 
@@ -168,13 +166,8 @@ def load_classifier(
     """
     from transformers import AutoModelForSequenceClassification
 
-    model, missing = _load(
-        AutoModelForSequenceClassification,
-        name_or_path,
-        tokenizer=tokenizer,
-        num_labels=num_labels,
-        **options,
-    )
+    kind = AutoModelForSequenceClassification
+    model, missing = _load(kind, name_or_path, tokenizer=tokenizer, num_labels=1, **options)
     if missing and scores:
         logger.warning(
             "%s is no reward model: its files lack %s, so its scores are those of a random head. Name one that has "
