@@ -235,10 +235,8 @@ def load_source(
     if generator is not None:
         label, splits = generator, _generate(key, generator, path, generator_options)
         format = generator
-    elif generator_options:
-        raise TypeError(f"load_source() got unexpected keyword arguments {sorted(generator_options)}")
     else:
-        label, splits = _find(reads, key, path, name, revision, format)
+        label, splits = _find(reads, key, path, name, revision, format, **generator_options)  # which takes none
     read = partial(_read, splits, reads=reads, label=label, format_name=format, rename=rename, bad_rows=bad_rows)
     ranges = cut(train, splits, key=f"{key}.train")
     eval_ranges = cut(eval, splits, key=f"{key}.eval") if eval is not None else []
