@@ -29,15 +29,17 @@ PAD_TOKENS = (
 )
 
 
-def local_path(name_or_path: str, *, key: str = KEY, marker: str = "config.json") -> str:
+def local_path(name_or_path: str, revision: str | None = None, *, key: str = KEY, marker: str = "config.json") -> str:
     """Return where a model is: an absolute folder (the embedded model is built on first use) or a hub id.
 
     Raises:
-        ConfigError: There is no such folder, or the embedded model cannot be built.
+        ConfigError: There is no such folder, the embedded model cannot be built, or the hub cannot be reached.
     """
     if name_or_path == embedded.NAME:
         return str(embedded.materialise())
-    return hub.resolve(name_or_path, key=key, marker=marker)
+    path = hub.resolve(name_or_path, key=key, marker=marker)
+    hub.ensure_available(path, key=key, revision=revision, marker=marker)
+    return path
 
 
 def load_tokenizer(
@@ -68,8 +70,7 @@ def load_tokenizer(
     key = KEY
     if tokenizer_name_or_path is not None:
         key, name_or_path, revision = "model.tokenizer_name_or_path", tokenizer_name_or_path, None
-    path = local_path(name_or_path, key=key, marker="tokenizer_config.json")
-    hub.ensure_available(path, key=key, revision=revision, marker="tokenizer_config.json")
+    path = local_path(name_or_path, revision, key=key, marker="tokenizer_config.json")
     with hub.explained(path, key=key):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, revision=revision or "main", trust_remote_code=trust_remote_code
@@ -275,8 +276,7 @@ def _load(
     from accelerate import PartialState
     from transformers.utils import find_adapter_config_file
 
-    path, device = local_path(name_or_path), PartialState().device
-    hub.ensure_available(path, key=KEY, revision=revision)
+    path, device = local_path(name_or_path, revision), PartialState().device
     source: dict[str, Any] = {"trust_remote_code": trust_remote_code, "use_safetensors": None if allow_pickle else True}
     options: dict[str, Any] = {**source, **labels}
     if attn_implementation is not None:
@@ -339,11 +339,10 @@ def merge_adapter(
         digest.update(file.read_bytes())
 
     def build(target: Path) -> None:
-        base = local_path(str(config.base_model_name_or_path))
+        base = local_path(str(config.base_model_name_or_path), config.revision)
         classifier = config.task_type == "SEQ_CLS"
         kind: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
         options = {"num_labels": 1} if classifier else {}
-        hub.ensure_available(base, key=KEY, revision=config.revision)
         with hub.explained(base, key=KEY):
             model = kind.from_pretrained(
                 base, revision=config.revision or "main", dtype="auto", **(source or {}), **options

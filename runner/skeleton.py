@@ -40,13 +40,12 @@ def build(node: dict[str, Any], *, tokenizer: Any, adapter: Any = None, classifi
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import find_adapter_config_file
 
-    path, revision = models.local_path(node["name_or_path"]), node.get("revision")
-    trust = bool(node.get("trust_remote_code"))
-    hub.ensure_available(path, key=models.KEY, revision=revision)
+    revision, trust = node.get("revision"), bool(node.get("trust_remote_code"))
+    path = models.local_path(node["name_or_path"], revision)
     with hub.explained(path, key=models.KEY):
         if find_adapter_config_file(path, revision=revision):  # the run merges it into its base
             base = PeftConfig.from_pretrained(path, revision=revision)
-            path, revision = models.local_path(str(base.base_model_name_or_path)), base.revision
+            path, revision = models.local_path(str(base.base_model_name_or_path), base.revision), base.revision
         labels = {"num_labels": 1} if classifier else {}
         config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=trust, **labels)
         auto: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
