@@ -79,7 +79,7 @@ def find_faults(config: dict[str, Any], choices: dict[str, str]) -> list[str]:
     flat = {group for group in groups if not isinstance(config.get(group), dict)}
     known = {f"{key}": field for key, field in own.items()}
     for group in sorted(groups):
-        node = config.get(group)
+        node: Any = config.get(group)
         if group in flat:
             faults.append(f"{group} must be a group of keys, found {node!r}. Choose one: {group}=...")
             continue
