@@ -120,6 +120,16 @@ class ActorCritic(nn.Module):
         for parameter in self.policy_parameters + self.value_parameters:
             parameter.requires_grad_(True)
 
+    def prepare_gradients(self, role: str) -> None:
+        """Let an adapter's gradients be there before the first backward pass of ``policy`` or ``value``.
+
+        Each is small. Made one by one while activations go, they would stay between them, and of a heap on a CPU,
+        which they cut into holes that no later activation fits into, two thirds would be empty.
+        """
+        for parameter in getattr(self, f"{role}_parameters") if self.adapter else []:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
     @contextlib.contextmanager
     def role(self, name: str) -> Iterator[Any]:
         """Give the model that plays ``policy``, ``value`` or ``reference``; afterwards the policy's adapter is active.

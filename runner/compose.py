@@ -88,6 +88,8 @@ def compose(
         typed = {str(parsed.key_or_group) for parsed in parse(arguments)}
         if dangers := find_dangers(raw, typed):
             raise ConfigError(_listed(dangers))
+        if strange := sorted(raw["hydra"]["sweeper"].keys() - {"_target_", "params"}):  # which Hydra does not look at
+            raise ConfigError(_listed([f"hydra.sweeper.{key} does not exist: try search.{key}." for key in strange]))
         HydraConfig.instance().set_config(composed)
         choices = {k: str(v) for k, v in composed.hydra.runtime.choices.items() if not k.startswith("hydra/")}
         run_dir = Path(composed.hydra.run.dir)

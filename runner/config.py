@@ -37,6 +37,11 @@ OWNED = {
 # Names that upstream or other tools use, and where the key lives now.
 RENAMED = {
     "evaluation_strategy": "trainer.eval_strategy",
+    "lr": "trainer.learning_rate",
+    "epochs": "trainer.num_train_epochs",
+    "num_epochs": "trainer.num_train_epochs",
+    "batch_size": "trainer.per_device_train_batch_size",
+    "per_device_batch_size": "trainer.per_device_train_batch_size",
     "max_seq_length": "trainer.max_length",
     "max_new_tokens": "trainer.max_completion_length",
     "response_length": "trainer.max_completion_length",
@@ -54,6 +59,8 @@ RENAMED = {
     "load_in_4bit": "quantization=nf4",
     "load_in_8bit": "quantization=int8",
     "lora_r": "peft.r",
+    "rank": "peft.r",
+    "alpha": "peft.lora_alpha",
     "lora_target_modules": "peft.target_modules",
     "use_peft": "peft=lora",
 }
@@ -70,16 +77,17 @@ def find_faults(config: dict[str, Any], choices: dict[str, str]) -> list[str]:
     known = schema.own_fields(schema.Root)
     left_out = {group for group in schema.OPTIONAL if not isinstance(config.get(group), dict)}
     groups = {*schema.GROUPS, *UPSTREAM} - left_out
+    values = {group for group in groups if not isinstance(config.get(group), dict)}
     for group in sorted(groups):
-        node = config.get(group)
-        if not isinstance(node, dict):
+        node: Any = config.get(group)
+        if group in values:
             faults.append(f"{group} must be a group of keys, found {node!r}. Choose one: {group}=...")
             continue
         try:
             known |= {f"{group}.{key}": field for key, field in _group_fields(group, node).items()}
         except ConfigError as error:
             faults.append(str(error))
-    for path, value in _leaves(config, groups, known):
+    for path, value in _leaves({key: node for key, node in config.items() if key not in values}, groups, known):
         if path in OWNED and value is not None:
             faults.append(f"{path} is set by the runner. Use {OWNED[path]}.")
         elif path in known:
@@ -353,22 +361,28 @@ def _unknown(path: str, known: dict[str, schema.Field], config: dict[str, Any], 
     text = f"{path} does not exist" + (f" in {where}" if where else "")
     if name in RENAMED:
         return f"{text}: use {RENAMED[name]}."
-    if others := _other_options(group, name, choices):
-        return f"{text}: {', '.join(f'{group}={o}' for o in others)} would have it."
-    if same := [key for key in known if key.rsplit(".", 1)[-1] == name]:
-        return f"{text}: did you mean {same[0]} (group {same[0].partition('.')[0]})?"
-    if "." not in path and (near := difflib.get_close_matches(name, [*group_names(), *known], 1, 0.6)):
-        return f"{text}: did you mean {near[0]}=...?"
+    others = _other_options(group, choices)
+    if having := [option for option, names in others.items() if name in names]:
+        return f"{text}: {', '.join(f'{group}={o}' for o in having)} would have it."
     parent = path.rpartition(".")[0]
-    siblings = [key for key in known if key.rpartition(".")[0] == parent]
-    near = difflib.get_close_matches(path, siblings, 1, 0.6)
-    if not near:
-        by_name = {key.rsplit(".", 1)[-1]: key for key in reversed(list(known))}
-        near = [by_name[n] for n in difflib.get_close_matches(name, list(by_name), 1, 0.6)]
+    siblings = {key.rsplit(".", 1)[-1]: key for key in known if key.rpartition(".")[0] == parent}
+    begun = [key for sibling, key in siblings.items() if sibling.startswith(f"{name}_")]
+    same = [key for key in known if key.rsplit(".", 1)[-1] == name]
+    if "." not in path and not same and (near := difflib.get_close_matches(name, [*group_names(), *known], 1, 0.6)):
+        return f"{text}: did you mean {near[0]}=...?"
+    near = begun if len(begun) == 1 else same or _nearest(name, siblings)
+    if not near and (far := _nearest(name, {n: n for names in others.values() for n in names}, 0.75)):
+        having = [option for option, names in others.items() if far[0] in names]
+        return f"{text}: did you mean {group}.{far[0]}, which {', '.join(f'{group}={o}' for o in having)} would have?"
+    near = near or _nearest(name, {key.rsplit(".", 1)[-1]: key for key in reversed(list(known))})
     if near:
         return f"{text}: did you mean {near[0]} (group {near[0].partition('.')[0]})?"
-    allowed = sorted(key.rsplit(".", 1)[-1] for key in siblings)
-    return f"{text}, and nothing has a similar name." + (f" It has {allowed}." if 0 < len(allowed) < 30 else "")
+    return f"{text}, and nothing has a similar name." + (f" It has {sorted(siblings)}." if len(siblings) < 30 else "")
+
+
+def _nearest(name: str, paths: dict[str, str], cutoff: float = 0.6) -> list[str]:
+    """Return the path whose name is nearest, or none."""
+    return [paths[near] for near in difflib.get_close_matches(name, list(paths), 1, cutoff)]
 
 
 @cache
@@ -393,11 +407,11 @@ def _options(group: str) -> str:
     return " or ".join(f"{group}={o}" for o in option_names(group) if o != "none")
 
 
-def _other_options(group: str, name: str, choices: dict[str, str]) -> list[str]:
-    """List the options of an upstream group, other than the chosen one, whose class has a field of that name."""
-    found = []
+def _other_options(group: str, choices: dict[str, str]) -> dict[str, set[str]]:
+    """Return the names of the fields of an upstream group's options, other than the chosen one."""
+    found = {}
     for option, target in option_targets(group).items() if group in UPSTREAM else ():
-        with suppress(ConfigError):  # an option that the installed library lacks cannot be a suggestion
-            if option != choices.get(group) and name in schema.upstream_fields(target):
-                found.append(option)
+        if option != choices.get(group):
+            with suppress(ConfigError):  # an option that the installed library lacks is no suggestion
+                found[option] = set(schema.upstream_fields(target))
     return found

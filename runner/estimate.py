@@ -117,7 +117,7 @@ class Model:
         trainable: those that train; their gradients and what the optimizer keeps are float32.
         by_module: of the trainable ones, by the type of module.
         weights: bytes of all of them, as loaded.
-        loading: bytes that loading takes beside them and does not give back.
+        loading: bytes that loading takes beside them and gives back.
         kept: bytes that a forward pass holds for the backward pass, by token, with what is lost between them.
         kept_checkpointed: the same where activations are recomputed: every layer's input, and one layer.
         cache: bytes of a token's keys and values.
@@ -230,7 +230,7 @@ def estimate_memory(model: Model, work: Work) -> dict[str, int]:
     kept = model.kept_checkpointed if work.checkpointing else model.kept
     parts = {
         "process": CONTEXT if work.cuda else PROCESS,
-        "weights": model.weights + model.loading,
+        "weights": model.weights,
         "gradients": 4 * model.trainable,
         "optimizer": _states(work.optimizer) * model.trainable,
         "activations": kept * work.sequences * work.length * work.graphs,
@@ -240,7 +240,8 @@ def estimate_memory(model: Model, work: Work) -> dict[str, int]:
     }
     always = parts["process"] + parts["weights"] + parts["optimizer"] + parts["other models"]
     forward = parts["activations"] + parts["logits"] + 4 * (model.trainable if work.accumulates else model.head)
-    peak = always + max(forward, parts["gradients"], parts["sampling"])
+    trains = always + max(forward, parts["gradients"], parts["sampling"])
+    peak = max(trains, parts["process"] + parts["weights"] + model.loading)
     return {name: round(size) for name, size in {**parts, "peak": peak}.items()}
 
 

@@ -366,6 +366,9 @@ def _prepare_quantized(model: Any, *, gradient_checkpointing: bool) -> Any:
         # without a backward pass: training after it would lose most of its gradient without a word.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    for parameter in model.parameters():  # what is not quantized still lies in the file, all of which stays mapped
+        if parameter.device.type == "cpu" and parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
     return prepare_model_for_kbit_training(
         model,
         use_gradient_checkpointing=gradient_checkpointing,

@@ -360,9 +360,9 @@ class PPOTrainer(Trainer):
         lengths = [len(rollout.ids[row]) for row in rows]
         groups = sampling.group_by_length(lengths, len(rows), sampling.padding_allowed(args.device))
         fresh: list[tuple[list[int], Reading | None]] = [([rows[i] for i in group], None) for group in groups]
-        roles = ["value"] if warming else ["policy"] if model.value_mode == "shared" else ["policy", "value"]
         total = torch.zeros((), device=args.device)
-        for role in roles:
+        for role in ["value"] if warming else ["policy"] if model.value_mode == "shared" else ["policy", "value"]:
+            model.prepare_gradients(role)
             with model.role(role) as player:
                 for part, found in live.get(role, fresh):
                     with self.accelerator.autocast():

@@ -14,9 +14,8 @@ from runner.errors import ConfigError
 from runner.estimate import Model
 
 NF4_BITS, INT8_BITS = 4.13, 8.02  # a number with its share of the scales (doubly quantized ones, of blocks of 64)
-# Measured on Linux with a 135M model, in float32. Where weights are quantized on a CPU, the file that they come from
-# stays mapped. What a forward pass keeps lies between what it frees, in pieces that glibc takes from one heap, where
-# holes stay; larger pieces are mapped one by one.   Source: mallopt(3), M_MMAP_THRESHOLD
+# Measured on Linux with a 135M model, in float32. What a forward pass keeps lies between what it frees, in pieces
+# that glibc takes from one heap, where holes stay; larger ones are mapped one by one.   Source: mallopt(3)
 HEAP_PIECE, HOLES = 32 * 2**20, 1.75
 
 logger = logging.getLogger(__name__)

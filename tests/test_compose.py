@@ -51,6 +51,10 @@ def test_a_field_that_the_file_does_not_name_is_set_without_plus():
         (["trainer=dpoo"], "did you mean trainer=dpo"),
         (["experiment=article_sfd"], "did you mean experiment=article_sft"),
         (["trainer.output_dir=x"], "Use output_dir="),
+        (["trainer.betta=0.1"], "did you mean trainer.beta, which"),
+        (["model.name=x"], "did you mean model.name_or_path"),
+        (["trainer.foo=1"], "nothing has a similar name"),
+        (["peft.alpha=32"], "use peft.lora_alpha"),
     ],
 )
 def test_a_wrong_key_is_refused_with_the_nearest_right_one(overrides, answer):
@@ -110,6 +114,17 @@ def test_all_faults_come_at_once():
     message = refusal("trainer.bta=1", "model.dtype=float8", "peft.rr=2")
     assert message.startswith("3 faults:")
     assert all(path in message for path in ("trainer.bta", "model.dtype", "peft.rr"))
+
+
+def test_a_group_that_is_no_group_in_a_recipe_is_one_fault(tmp_path):
+    message = refusal("experiment=mine", **write_recipe(tmp_path, "trainer: 3\n"))
+    assert message == "trainer must be a group of keys, found 3. Choose one: trainer=..."
+
+
+def test_a_key_of_the_sweeper_in_a_recipe_is_refused(tmp_path):
+    message = refusal("experiment=mine", **write_recipe(tmp_path, "hydra:\n  sweeper:\n    n_trials: 3\n"))
+    assert message.startswith("hydra.sweeper.n_trials does not exist")
+    assert "search.n_trials" in message
 
 
 def test_a_misspelt_key_in_a_recipe_is_refused_too(tmp_path):

@@ -29,6 +29,12 @@ def test_accumulated_gradients_are_held_beside_activations():
     assert peak == PROCESS + 4000 + 8000 + 4000 + 12_800 + 4000
 
 
+def test_loading_is_a_moment_of_its_own():
+    # weights of 4,000 bytes and the file of 50,000 that they come from: more than the 29,600 of a step
+    assert estimate_memory(replace(MODEL, loading=50_000), WORK)["peak"] == PROCESS + 4000 + 50_000
+    assert estimate_memory(replace(MODEL, loading=100), WORK) == estimate_memory(MODEL, WORK)
+
+
 def test_sampling_can_be_the_worst_moment():
     # 100 answers of 20 tokens with 6 bytes of cache each, and 4 copies of 50 logits in float32
     work = replace(WORK, sampled=100, sampled_length=20)

@@ -297,6 +297,15 @@ def test_a_quantized_model_is_frozen_and_keeps_the_rest_in_float32(model_dir, na
     assert kinds & {"Linear4bit", "Linear8bitLt"}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="tells what is mapped")
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_the_file_of_a_quantized_model_does_not_stay_in_memory(llama_dir, name):
+    tokenizer = load_tokenizer(str(llama_dir))
+    model = load_policy(str(llama_dir), tokenizer=tokenizer, quantization=quantizations()[name])
+    assert model.is_quantized
+    assert str(llama_dir) not in Path("/proc/self/maps").read_text()
+
+
 def gradients(model, ids):
     model.train()
     model.zero_grad()

@@ -120,6 +120,17 @@ def test_each_value_mode_moves_what_it_trains_and_nothing_else(tmp_path, kind, m
     assert any(name.endswith(("value_head.weight", "score.weight")) for name in changed)
 
 
+@pytest.mark.parametrize("peft", [True, False])
+def test_an_adapter_has_its_gradients_before_the_first_backward_pass(tmp_path, peft):
+    model = build(tmp_path, peft=peft).model
+    model.prepare_gradients("policy")
+    assert all((parameter.grad is not None) == peft for parameter in model.policy_parameters)
+    assert all(parameter.grad is None for parameter in model.value_parameters)
+    model.policy_parameters[0].grad = kept = torch.ones_like(model.policy_parameters[0])
+    model.prepare_gradients("policy")
+    assert model.policy_parameters[0].grad is kept  # what was accumulated stays
+
+
 def test_the_reference_is_the_start_and_stays_it(tmp_path):
     for peft, ref in ((True, "base"), (False, torch.nn.Module)):
         trainer = build(tmp_path, peft=peft)
