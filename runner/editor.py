@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from runner import schema
+from runner import engines, schema
 from runner.config import CONF, OWNED, UPSTREAM, option_names
 from runner.errors import ConfigError
 
@@ -22,7 +22,7 @@ def json_schema() -> dict[str, Any]:
     own = {
         "model": _closed(schema.own_fields(schema.Model), "model"),
         "samples": _closed(schema.own_fields(schema.Samples), None),
-        "launch": _closed(schema.own_fields(schema.Launch), None),
+        "launch": _launch(),
         "search": _closed(schema.own_fields(schema.Search), None),
         "dataset": _dataset(),
         "reward": _reward(),
@@ -74,6 +74,14 @@ def _choice(targets: Iterable[str]) -> dict[str, Any]:
         "then": {"allOf": named},
         "else": {"anyOf": [{"$ref": f"#/$defs/{target}"} for target in targets]},
     }
+
+
+def _launch() -> dict[str, Any]:
+    closed = _closed(schema.own_fields(schema.Launch), "launch")
+    for name, target in engines.PLUGINS.items():
+        plugin = _closed(schema.upstream_fields(target), "launch")
+        closed["properties"][name] = {"anyOf": [{"type": "null"}, plugin]}
+    return closed
 
 
 def _dataset() -> dict[str, Any]:
