@@ -289,20 +289,22 @@ def test_no_rank_is_left_behind_when_the_parent_is_killed(tmp_path):
             os.kill(int(path.read_text()), 0)
 
 
-def test_ranks_that_somebody_else_starts_share_one_directory(llama_dir, tmp_path):
-    words = [*SMALL, *STEPS, f"model.name_or_path={llama_dir}"]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "runner",
-        *words,
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_ranks_that_somebody_else_starts_share_one_directory(launcher, llama_dir, tmp_path):
+    words = ["-m", "runner", *SMALL, *STEPS, f"model.name_or_path={llama_dir}"]
+    started = [["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]]
+    told = [{}]
+    if launcher == "srun":  # which starts each task with nothing but these variables
+        job = {**SLURM, "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "127.0.0.1"}
+        job |= {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
+        told = [job | {"SLURM_PROCID": task, "SLURM_LOCALID": task} for task in "10"]
+        started = [words, words]
+    running = [
+        subprocess.Popen([sys.executable, *command], cwd=tmp_path, env={**os.environ, **variables})
+        for command, variables in zip(started, told, strict=True)
     ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert not any([process.wait() for process in running])  # noqa: C419  all are waited for
     (found,) = (tmp_path / "outputs").glob("*/*/manifest.json")
-    assert json.loads(found.read_text())["status"] == "completed"
+    record = json.loads(found.read_text())
+    assert (record["status"], record["processes"]) == ("completed", 2)
     assert len(losses(found.parent)) == 4
