@@ -166,8 +166,9 @@ def interrupt(way: str, run_dir: Path, seconds: float, chance: random.Random) ->
     process, moment = fork(run_dir), chance.uniform(0, seconds)
     if way == RANKS:
         found = ended(process, 300, lambda: len([*(run_dir / "ranks").glob("*.begun")]) == 2) or ended(process, moment)
-        if not found:
-            os.kill(int((run_dir / "ranks" / f"{chance.randrange(2)}.pid").read_text()), signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it is over already
+            if not found:
+                os.kill(int((run_dir / "ranks" / f"{chance.randrange(2)}.pid").read_text()), signal.SIGKILL)
         code = wait(process)
         return {0: None, KILLED: "killed"}.get(code, f"failed with {code}: {last_line(run_dir)}")
     if way == "full disk":
@@ -207,8 +208,12 @@ def campaign(lane: int, given: Any, model: Path, folder: Path) -> list[dict[str,
             begin(trainer, model, run_dir, way)
             start = time.time()
             assert wait(fork(run_dir)) == 0, f"see {run_dir}.log"
-            start = max([start, *(path.stat().st_mtime for path in (run_dir / "ranks").glob("*.begun"))])
-            whole[trainer] = result(run_dir), time.time() - start
+            took = time.time() - start
+            if way == RANKS:
+                begun, saved = (max(path.stat().st_mtime for path in run_dir.glob(pattern))
+                                for pattern in ("ranks/*.begun", "checkpoints/*/complete.json"))  # fmt: skip
+                took = saved - begun
+            whole[trainer] = result(run_dir), took
         expected, seconds = whole[trainer]
         chance, place, ends = random.Random(number), folder / f"{number}", []
         with small_disk(place) if way == "full disk" else contextlib.nullcontext():

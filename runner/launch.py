@@ -131,12 +131,16 @@ def launch(run_dir: Path, node: dict[str, Any]) -> dict[str, float]:
         return _follow(run_dir, code)
     if record["status"] == "completed" and code == 0:
         return record["metrics"]
+    name, ended = signal.Signals(signalled or signal.SIGTERM).name, 130 if signalled == signal.SIGINT else 143
     if record["status"] == "preempted":
         if signalled:  # which came to the ranks as SIGUSR1
-            record = manifest.update(run_dir, cause=record["cause"].replace("SIGUSR1", signal.Signals(signalled).name))
-        raise RunPreempted(record["cause"], 130 if signalled == signal.SIGINT else 143)
+            record = manifest.update(run_dir, cause=record["cause"].replace("SIGUSR1", name))
+        raise RunPreempted(record["cause"], ended)
     if record["status"] == "pruned":
         raise RunPruned(record["cause"])
+    if signalled and not any(ranks.glob("*.json")):  # no rank had begun, or none was waited for
+        manifest.update(run_dir, status="preempted", cause=f"stopped by {name}")
+        raise RunPreempted(f"stopped by {name}", ended)
     failure = _first_failure(ranks)
     manifest.update(run_dir, status="failed", **failure)
     raise (ConfigError if failure.get("correctable") else RunStopped)(failure["cause"])
@@ -156,7 +160,7 @@ def _follow(run_dir: Path, code: int) -> dict[str, float]:
 
 def _threads(count: int) -> int:
     """Return the threads of each of some processes: what is given, or their part of what this one may use."""
-    if multiprocessing.parent_process() is not None:  # a trial: its sweep has shared out the cores
+    if _is_trial():  # its sweep has shared out the cores
         import torch
 
         return max(1, torch.get_num_threads() // count)
@@ -164,9 +168,14 @@ def _threads(count: int) -> int:
     return int(given) if given.isdigit() and int(given) else max(1, hardware.cores() // count)
 
 
+def _is_trial() -> bool:
+    return multiprocessing.parent_process() is not None
+
+
 def _command(run_dir: Path, node: dict[str, Any], where: Place) -> list[str]:
     count = processes(node)
-    kept = ",".join(f"{number}:3" for number in range(0 if where.rank else 1, count)) or "0"
+    first = 0 if where.rank or _is_trial() else 1  # which alone is heard on a terminal; a trial's is the log
+    kept = ",".join(f"{number}:3" for number in range(first, count)) or "0"
     meeting = ["--standalone"] if where.nodes == 1 else [
         *(f"--nnodes={where.nodes}", f"--node-rank={where.rank}"),
         *(f"--master-addr={where.host}", f"--master-port={where.port}"),

@@ -167,6 +167,18 @@ def test_a_signal_to_the_parent_lets_all_ranks_end_at_one_step_with_one_checkpoi
     assert (folder / "runner_state_1.pt").exists()
 
 
+def test_a_signal_before_the_ranks_begin_is_no_failure(llama_dir, tmp_path):
+    process = spawn(tmp_path, f"model.name_or_path={llama_dir}", *TWO)
+    while not (tmp_path / "run" / "ranks" / "agent.log").exists():
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.terminate()
+    said = process.communicate()[0]
+    assert process.returncode == 143, said
+    assert manifest.read(tmp_path / "run")["status"] == "preempted"
+    assert manifest.read(tmp_path / "run")["cause"] == "stopped by SIGTERM"
+
+
 def test_a_rank_that_does_not_begin_in_time_ends_the_run(llama_dir, tmp_path, monkeypatch):
     (tmp_path / "late.py").write_text(
         "import os, time\n"
