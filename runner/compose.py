@@ -192,7 +192,7 @@ def _translated(action: Any) -> Any:
         if unknown := re.search(
             r"Key '(\w+)' (?:is )?not in (?:struct|'\w+')\s+full_key: (\S+)", f"{error}\n{error.__cause__}"
         ):
-            raise ConfigError(_unknown_hydra_key(unknown[2])) from error
+            raise ConfigError(_unknown_hydra_key(unknown[2], error)) from error
         lines = [line for line in f"{error}\n{error.__cause__ or ''}".splitlines() if line and "use +" not in line]
         raise ConfigError("The config cannot be composed: " + " ".join(lines[:3])) from error
 
@@ -207,14 +207,13 @@ def _missing_option(name: str, options: list[str], message: str) -> str:
     return f"{group}={option} does not exist: {hint}{group} can be {', '.join(sorted(options))}."
 
 
-def _unknown_hydra_key(path: str) -> str:
-    """Say that a key of Hydra's own does not exist, with the nearest that does."""
-    from hydra.conf import HydraConf
-    from omegaconf import OmegaConf
-
+def _unknown_hydra_key(path: str, error: Exception) -> str:
+    """Say that a key of Hydra's own does not exist, with the nearest beside it that does."""
     parent, _, name = path.rpartition(".")
-    node = OmegaConf.select(OmegaConf.create({"hydra": OmegaConf.structured(HydraConf)}), parent)
-    names = [str(key) for key in node] if node is not None else []
+    node = getattr(error, "parent_node", None) or getattr(error.__cause__, "parent_node", None)
+    names = [str(key) for key in node or () if key != "_target_"]
+    if parent == "hydra.launcher" and not names:
+        return f"{path} has no effect without hydra/launcher=... (ray, submitit_slurm, submitit_local or joblib)."
     near = difflib.get_close_matches(name, names, 1, 0.5)
     hint = f"did you mean {parent}.{near[0]} (group hydra)?" if near else f"{parent} has {sorted(names)}."
     return f"{path} does not exist in Hydra's own config: {hint}"

@@ -5,6 +5,7 @@ journal in one piece: so a sweep that was killed and goes on tries what it would
 """
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ def _propose(study: Any, plan: Any, number: int, distributions: dict[str, Any]) 
 
 def _sampler(search: Any, number: int) -> Any:
     import numpy as np
+    import optuna
     from optuna import samplers
 
     seed = int(np.random.SeedSequence([search.seed, number]).generate_state(1)[0])
@@ -128,7 +130,8 @@ def _sampler(search: Any, number: int) -> Any:
         return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
     if search.sampler == "gp":
         return samplers.GPSampler(seed=seed)
-    return samplers.QMCSampler(scramble=True, seed=search.seed, warn_independent_sampling=False)
+    with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+        return samplers.QMCSampler(scramble=True, seed=search.seed, warn_independent_sampling=False)
 
 
 def _distribution(axis: Any) -> Any:

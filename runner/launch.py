@@ -160,7 +160,7 @@ def _follow(run_dir: Path, code: int) -> dict[str, float]:
 
 def _threads(count: int) -> int:
     """Return the threads of each of some processes: what is given, or their part of what this one may use."""
-    if _is_trial():  # its sweep has shared out the cores
+    if multiprocessing.parent_process() is not None:  # a trial: its sweep has shared out the cores
         import torch
 
         return max(1, torch.get_num_threads() // count)
@@ -168,13 +168,10 @@ def _threads(count: int) -> int:
     return int(given) if given.isdigit() and int(given) else max(1, hardware.cores() // count)
 
 
-def _is_trial() -> bool:
-    return multiprocessing.parent_process() is not None
-
-
 def _command(run_dir: Path, node: dict[str, Any], where: Place) -> list[str]:
     count = processes(node)
-    first = 0 if where.rank or _is_trial() else 1  # which alone is heard on a terminal; a trial's is the log
+    log, terminal = run_dir / "runner.log", os.fstat(1)  # where the first rank alone is heard
+    first = 0 if where.rank or (log.exists() and os.path.samestat(terminal, log.stat())) else 1
     kept = ",".join(f"{number}:3" for number in range(first, count)) or "0"
     meeting = ["--standalone"] if where.nodes == 1 else [
         *(f"--nnodes={where.nodes}", f"--node-rank={where.rank}"),

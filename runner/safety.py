@@ -12,14 +12,21 @@ from typing import Any
 SPECIAL = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 TARGETS_AT = {"trainer._target_", "peft._target_", "quantization._target_"}
 HYDRA_TARGETS = {
-    "hydra.launcher._target_": re.compile(r"hydra\._internal\.core_plugins\.basic_launcher\.BasicLauncher"),
+    "hydra.launcher._target_": re.compile(
+        r"hydra\._internal\.core_plugins\.basic_launcher\.BasicLauncher"
+        r"|hydra_plugins\.hydra_joblib_launcher\.joblib_launcher\.JoblibLauncher"
+        r"|hydra_plugins\.hydra_ray_launcher\.ray_launcher\.RayLauncher"
+        r"|hydra_plugins\.hydra_submitit_launcher\.submitit_launcher\.(Local|Slurm)Launcher"
+    ),
     "hydra.sweeper._target_": re.compile(r"hydra_plugins\.runner_sweeper\.RunnerSweeper"),
 }
 LOGGING_CLASS = re.compile(r"logging\.(StreamHandler|FileHandler|NullHandler|Formatter)|colorlog\.ColoredFormatter")
 LOG_FILE = "${hydra.runtime.output_dir}/${hydra.job.name}.log"
+JOB_FOLDER = "${hydra.sweep.dir}/.submitit/%j"
 # What Hydra acts on itself: an interpolation there could bring in what was read, harmless, at another place.
 ACTED_ON = ("hydra.job_logging", "hydra.hydra_logging", "hydra.job.env_set", "hydra.launcher", "hydra.sweeper",
             "hydra.callbacks")  # fmt: skip
+LAUNCHER_CODE = {"setup", "additional_parameters", "runtime_env", "address", "_temp_dir", "_system_config"}
 RESOLVERS = {"hydra", "now", "oc.env", "oc.select", "python_version"}
 READABLE_ENV = {
     "USER",
@@ -51,6 +58,7 @@ PLACES = {
     "hydra.searchpath": [],
     "hydra.job.name": "runner",
     "hydra.job.chdir": False,
+    "hydra.launcher.submitit_folder": JOB_FOLDER,
 }
 
 
@@ -69,6 +77,8 @@ def find_dangers(config: dict[str, Any], typed: set[str]) -> list[str]:
             found += _interpolation_danger(path, value)
         if path in {"hydra.mode", "hydra.sweeper.params"} and value and not any(t.startswith(path) for t in typed):
             found.append(f"{path} is refused from a file: a sweep is started on the command line, with -m.")
+        if path.startswith("hydra.launcher"):
+            found += _launcher_danger(path, key, value, typed)
         if path.startswith(("hydra.job_logging.", "hydra.hydra_logging.")):
             found += _logging_danger(path, key, value)
         if path.startswith("hydra.job.env_set.") and key not in SETTABLE_ENV:
@@ -116,13 +126,25 @@ def _target_danger(path: str, key: str, value: Any) -> list[str]:
 
 def _interpolation_danger(path: str, value: str) -> list[str]:
     inside_hydra = path in {"hydra", "hydra.job"} or path.startswith(ACTED_ON)
-    if "${" in value and value != LOG_FILE and (inside_hydra or re.search(r"\$\{[^}:]*\$", value)):
+    if "${" in value and value not in (LOG_FILE, JOB_FOLDER) and (inside_hydra or re.search(r"\$\{[^}:]*\$", value)):
         return [f"{path}={value!r} is refused: no interpolation may stand here, or choose a resolver."]
     for resolver, argument in re.findall(r"\$\{\s*([\w.]+)\s*:([^}]*)", value):
         if resolver not in RESOLVERS:
             return [f"{path}={value!r} is refused: the resolver {resolver!r} is not one of {sorted(RESOLVERS)}."]
         if resolver == "oc.env" and argument.split(",")[0].strip() not in READABLE_ENV:
             return [f"{path}={value!r} is refused: a config may read only {sorted(READABLE_ENV)} from the environment."]
+    return []
+
+
+def _launcher_danger(path: str, key: str, value: Any, typed: set[str]) -> list[str]:
+    local = HYDRA_TARGETS["hydra.launcher._target_"].pattern.partition("|")[0]
+    if key == "_target_" and "hydra/launcher" not in typed and not re.fullmatch(local, str(value)):
+        return ["hydra/launcher is refused from a file: where trials run is typed. Type hydra/launcher=..."]
+    if key in LAUNCHER_CODE and value and not any(path == t or path.startswith(f"{t}.") for t in typed):
+        why = "it reaches a shell or another cluster"
+        return [f"{path} is refused from a file: {why}. Type {path}=... if you trust it."]
+    if isinstance(value, str) and "\n" in value:
+        return [f"{path}={value!r} is refused: what a scheduler is told is one line."]
     return []
 
 

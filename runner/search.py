@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from runner import compose, lean, schema
+from runner import compose, lean, remote, schema
 from runner.compose import Composed
 from runner.config import option_names
 from runner.errors import ConfigError
@@ -84,6 +84,7 @@ class Plan:
         base: The first combination, composed.
         trainers: Modules of the trainers that are used.
         left_out: Modules that no trial can ask for; see ``lean.left_out``.
+        launcher: What was typed of a launcher that starts trials elsewhere; empty: they are processes of this machine.
         where: Options of ``compose.compose``.
     """
 
@@ -93,6 +94,7 @@ class Plan:
     base: Composed
     trainers: list[str]
     left_out: str
+    launcher: list[str]
     where: dict[str, Any]
 
     @property
@@ -155,6 +157,7 @@ def read(overrides: list[str], **where: Any) -> Plan:
     first = compose.compose([*plain, *own, *hydra], check=False, **where)
     if first.choices.get("search") in (None, "None", "null"):
         own = ["search=grid", *(text for text in own if not text.startswith("search="))]
+    launcher = remote.read_launcher(hydra)
     node = first.config.get("search") or {}
     if node.get("resume") and not any(text.lstrip("+").startswith("search.resume=") for text in own):
         raise ConfigError("search.resume is refused from a file: type search.resume=... yourself.")
@@ -170,7 +173,7 @@ def read(overrides: list[str], **where: Any) -> Plan:
     search = schema.Search(**{key: value for key, value in cells[0].config["search"].items() if key in known})
     files = {_trainer_file(cell.config["trainer"]["_target_"]) for cell in cells}
     left_out = lean.left_out(*(cell.config for cell in cells))
-    plan = Plan(search, axes, fixed, cells[0], sorted(module for module, _ in files), left_out, where)
+    plan = Plan(search, axes, fixed, cells[0], sorted(module for module, _ in files), left_out, launcher, where)
     _refuse(plan, cells)
     return plan
 
@@ -182,8 +185,6 @@ def prepare(overrides: list[str], **where: Any) -> list[str]:
         ConfigError: It cannot be.
     """
     hydra = [text for text in overrides if text.startswith("hydra")]
-    if launcher := [text for text in hydra if text.startswith("hydra/launcher=") and text != "hydra/launcher=basic"]:
-        raise ConfigError(f"{launcher[0]} cannot run trials: they are processes of this machine. Leave it out.")
     if any(text.startswith("output_dir=") for text in overrides):
         raise ConfigError("output_dir has no effect in a sweep, whose trials need one each: type hydra.sweep.dir=...")
     going_on = read(overrides, **where).search.resume
@@ -282,6 +283,11 @@ def _refuse(plan: Plan, cells: list[Composed]) -> None:
     if len(plan.objectives) > 1 and (search.pruner != "none" or search.sampler == "cmaes"):
         what = f"search.pruner={search.pruner}" if search.pruner != "none" else "search=cmaes"
         faults.append(f"{what} compares trials by one objective, found {len(plan.objectives)}.")
+    if plan.launcher and search.gpus_per_trial:
+        faults.append(
+            "search.gpus_per_trial shares out the devices of this machine. With a launcher its scheduler does: type "
+            "hydra.launcher.gpus_per_node=1 (Slurm) or hydra.launcher.ray.remote.num_gpus=1 (Ray)."
+        )
     if plan.base.config.get("probe"):
         faults.append("probe=true looks at one run: leave it out of a sweep, or check one trial before.")
     if any(scrub(cell.config) != cell.config for cell in cells):

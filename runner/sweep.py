@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from hydra.core.global_hydra import GlobalHydra
 
-from runner import compose, journal, leaderboard, manifest, search, trials
+from runner import compose, journal, leaderboard, manifest, remote, search, trials
 from runner.errors import ConfigError
 from runner.leaderboard import Row, say
 from runner.search import Plan
@@ -37,6 +37,7 @@ def main(hydra: Any, arguments: list[str]) -> None:
     given = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
     where = {"config_dir": given[0] if given else None, "config_name": hydra.job.config_name}
     directory = Path(hydra.sweep.dir)
+    arguments += [text for text in hydra.overrides.hydra if text.startswith(("hydra/launcher=", "hydra.launcher."))]
     GlobalHydra.instance().clear()  # trials are composed as runs are, which begins afresh
     try:
         code = run(search.read(arguments, **where), directory, arguments)
@@ -89,7 +90,9 @@ class Sweep:
     def run(self) -> int:
         """Run all trials and return the exit code."""
         search = self.plan.search
-        trials.warm(self.plan.trainers, self.plan.left_out)
+        modules = ["runner.__main__", "runner.remote"] if self.plan.launcher else [*trials.PRELOAD, *self.plan.trainers]
+        remote.open_cluster(self.plan.launcher)
+        trials.warm(modules, self.plan.left_out)
         say(f"{self.plan.trials} trials (search={search.sampler}) in {self.directory}")
         if self.left:
             say(f"Going on with trial{'s' * (len(self.left) > 1)} {', '.join(map(str, self.left))}")
@@ -144,7 +147,8 @@ class Sweep:
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(self.places[slot])} if self.places else {}
         shown = [text.removeprefix("++") for text in overrides]
         count = trials.threads(self.plan.search.n_jobs)
-        job = Job(str(run_dir), composed.config, composed.choices, shown, environment, count)
+        elsewhere = (tuple(self.plan.launcher), self.plan.where.get("config_dir"))
+        job = Job(str(run_dir), composed.config, composed.choices, shown, environment, count, *elsewhere)
         trial = Trial(number, slot, job, seconds=self.plan.search.trial_timeout)
         if record:
             self.wait_for_end(run_dir)

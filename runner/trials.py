@@ -19,7 +19,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from runner import hardware, lean, manifest
+from runner import hardware, lean, manifest, remote
 from runner.errors import ConfigError
 
 PRELOAD = ["runner.__main__", "runner.run", "runner.freeze", "trl", "peft", "datasets", "optuna", "pydantic",
@@ -42,7 +42,9 @@ class Job:
         choices: The option of each group.
         overrides: Those of the trial.
         environment: Variables of the trial's own, such as the devices that it may see.
-        threads: That it computes with.
+        threads: That it computes with; 0: as many as the place it runs in gives it.
+        launcher: What was typed of the launcher that is to start it elsewhere; empty: it runs in this process.
+        config_dir: A folder of the person's own options, for the launcher.
     """
 
     run_dir: str
@@ -51,6 +53,8 @@ class Job:
     overrides: list[str]
     environment: dict[str, str]
     threads: int
+    launcher: tuple[str, ...] = ()
+    config_dir: str | None = None
 
 
 @dataclass
@@ -101,10 +105,17 @@ class Trial:
     def tend(self) -> None:
         """Stop it when its time is over, and kill it when it does not heed."""
         now = time.monotonic()
-        if self.stopped and now - self.told > GRACE:
+        if self.job.launcher and self.waits():
+            self.started = now
+        if self.stopped and now - self.told > GRACE + remote.GRACE * bool(self.job.launcher):
             self.kill()
         elif not self.stopped and self.seconds and now - self.started > self.seconds:
             self.stop("timeout")
+
+    def waits(self) -> bool:
+        """Whether it has not begun to run, as in a scheduler's queue."""
+        run_dir = Path(self.job.run_dir)
+        return not (run_dir / manifest.FILE).exists() or manifest.read(run_dir)["status"] == "created"
 
     def ending(self) -> tuple[str, str]:
         """Return status and cause of a trial that has ended, and clean up after it."""
@@ -139,7 +150,8 @@ def judge(run_dir: Path, code: int, stopped: str, seconds: float | None) -> tupl
         name = signal.Signals(-code).name
         return "killed", f"by {name}" + (", as when memory runs out" if name == "SIGKILL" else "")
     if status != "failed":  # it left without a word
-        return ("killed" if record else "failed"), f"it left with exit code {code}, after: {_last_line(run_dir / LOG)}"
+        cause = f"it left with exit code {code}, after: {_last_line(run_dir / LOG)}"
+        return ("failed" if status in (None, "created") else "killed"), cause
     kind = "out of memory" if MEMORY.search(cause) else "diverged" if DIVERGED.search(cause) else "failed"
     return kind, cause
 
@@ -174,17 +186,17 @@ def _context() -> Any:
     return multiprocessing.get_context("forkserver" if server else "spawn")
 
 
-def warm(trainers: list[str], left_out: str) -> None:
+def warm(modules: list[str], left_out: str) -> None:
     """Start the server without waiting for it, so that it imports while the first trial is prepared.
 
     Args:
-        trainers: Modules of the trainers that trials use.
+        modules: What it imports.
         left_out: Modules that none of them can ask for.
     """
     context = _context()
     if context.get_start_method() != "forkserver":
         return
-    context.set_forkserver_preload([*PRELOAD, *trainers])
+    context.set_forkserver_preload(modules)
     from multiprocessing import forkserver
 
     # libraries read these as they are imported; asking for devices must not open one
@@ -202,25 +214,27 @@ def warm(trainers: list[str], left_out: str) -> None:
 # ---- in the process of a trial ------------------------------------------------------------------------------------
 
 
-def work(job: Job) -> None:
-    """Do what ``python -m runner`` does for one run, in this process, with all that is said going to the run's log."""
+def work(job: Job, leader: Any = None) -> None:
+    """Do what ``python -m runner`` does for one run, in this process, with all that is said going to the run's log.
+
+    Args:
+        job: The run.
+        leader: Ready to be read once the process has ended that this one is not to outlive.
+    """
     with contextlib.suppress(OSError, AttributeError):
         os.setsid()  # an interrupt from the keyboard is for the sweep, which passes it on
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # until the run heeds them
     os.environ.update(job.environment)
     run_dir = Path(job.run_dir)
-    with (run_dir / LOG).open("ab") as file:
+    with (run_dir / (remote.SAID if job.launcher else LOG)).open("ab") as file:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
             os.dup2(file.fileno(), stream.fileno())
-    if (parent := multiprocessing.parent_process()) is not None:
-        threading.Thread(target=_outlive, args=(parent,), daemon=True).start()
-    import torch
-
-    if torch.cuda._is_in_bad_fork():  # a library has opened the device in the server: begin afresh
-        os.execv(sys.executable, [sys.executable, "-m", "runner.trials", json.dumps(asdict(job))])
-    torch.set_num_threads(job.threads)
+    if leader is None and (parent := multiprocessing.parent_process()) is not None:
+        leader = parent.sentinel
+    if leader is not None:
+        threading.Thread(target=_outlive, args=(leader,), daemon=True).start()
     from runner.__main__ import go_on, write_run
 
     try:
@@ -228,6 +242,9 @@ def work(job: Job) -> None:
             (run_dir / "config.yaml").unlink(missing_ok=True)
             typed = ["python", "-m", "runner", *job.overrides]
             write_run(run_dir, job.config, job.choices, job.overrides, typed)
+        if job.launcher:
+            remote.lead(run_dir, list(job.launcher), job.config_dir)
+        _prepare_torch(job)
         code = go_on(run_dir, terminal=False)
     except ConfigError as error:
         sys.exit(str(error))
@@ -237,9 +254,19 @@ def work(job: Job) -> None:
     sys.exit(code)
 
 
-def _outlive(parent: Any) -> None:
+def _prepare_torch(job: Job) -> None:
+    """See that a device can be used here, and how many threads compute."""
+    import torch
+
+    if torch.cuda._is_in_bad_fork():  # a library has opened the device in the server: begin afresh
+        os.execv(sys.executable, [sys.executable, "-m", "runner.trials", json.dumps(asdict(job))])
+    if job.threads:
+        torch.set_num_threads(job.threads)
+
+
+def _outlive(leader: Any) -> None:
     """End with the sweep, however it ends: with a checkpoint, or without one when that takes too long."""
-    wait([parent.sentinel])
+    wait([leader])
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)
     os._exit(1)
@@ -252,4 +279,4 @@ def _last_line(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    work(Job(**json.loads(sys.argv[1])))
+    work(Job(**json.loads(sys.argv[1])), leader=sys.stdin if "--leader" in sys.argv else None)

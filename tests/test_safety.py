@@ -40,6 +40,7 @@ HOSTILE = {
     "a resolver by interpolation": "model: {revision: env}\noutput_dir: 'outputs/${oc.${model.revision}:HF_TOKEN}'",
     "a sweep of its own": "hydra: {mode: MULTIRUN, sweeper: {params: {seed: '1,2'}}}",
     "a launcher with shell lines": "hydra: {launcher: {_target_: hydra_plugins.hydra_submitit_launcher.a.Slurm}}",
+    "trials on a cluster": "defaults: [{override /hydra/launcher: ray}]",
     "an alias": "x: &x {_target_: os.system}\nmodel: *x",
     "a merged key": "x: &x {_target_: os.system}\nmodel: {<<: *x}",
     "an attribute chain": "trainer: {_target_: runner.__main__.os.system}",
@@ -98,6 +99,24 @@ def test_a_hostile_recipe_is_refused_and_has_no_effect(name, tmp_path, monkeypat
 
 def test_a_person_may_type_what_a_recipe_may_not():
     assert compose.compose(["model.trust_remote_code=true"]).config["model"]["trust_remote_code"] is True
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "setup: [touch canary]",
+        "additional_parameters: {mail-user: me}",
+        "submitit_folder: ../elsewhere",
+        'comment: "x\\n#SBATCH --uid=0"',
+    ],
+)
+def test_a_recipe_tells_a_scheduler_nothing_that_runs(lines, tmp_path):
+    assert "refused" in refusal(
+        "experiment=mine",
+        "hydra/launcher=submitit_slurm",
+        **write_recipe(tmp_path, f"hydra: {{launcher: {{{lines}}}}}"),
+    )
+    assert compose.compose(["hydra/launcher=submitit_slurm", "hydra.launcher.setup=[module load cuda]"])
 
 
 def test_at_least_forty_hostile_recipes_are_tried():
