@@ -91,7 +91,7 @@ class Checkpoints(TrainerCallback):
         *earlier, last = record.get("resumes") or [{}]
         if found.pop(HELD, None):
             raise ConfigError(f"{refused}, in the middle of a generation. Start as many.")
-        if rows != _rows(args) and not SIZES & (last.get("changed") or {}).keys():
+        if rows not in (None, _rows(args)) and not SIZES & (last.get("changed") or {}).keys():
             raise ConfigError(
                 f"{refused}, with {rows} rows a step instead of {_rows(args)}. Type global_batch_size={rows}."
             )

@@ -201,6 +201,8 @@ IDLE: list[tuple[str, Callable[[dict[str, Any], dict[str, Any]], bool], str]] = 
     ("peft.lora_dropout", lambda t, c: t["_target_"].endswith("PPOConfig"), "PPO trains without dropout"),
     ("dataset.name dataset.revision", lambda t, c: Path(str(c["dataset"].get("path"))).expanduser().exists(),
      "dataset.path is local"),
+    ("launch.node_rank launch.rendezvous", lambda t, c: (c.get("launch") or {}).get("nodes", 1) == 1,
+     "launch.nodes is 1"),
     ("model.revision", lambda t, c: Path(c["model"]["name_or_path"]).expanduser().is_dir(), "the model is local"),
 ]  # fmt: skip
 

@@ -240,9 +240,9 @@ def shares(node: dict[str, Any], processes: int, *, accumulates: bool) -> Shares
     """Return what each of some processes holds under a ``launch`` node.
 
     Args:
-        node: The config's ``launch``.
-        processes: In all.
-        accumulates: Whether an optimizer step takes several backward passes.
+        node: the config's ``launch``.
+        processes: in all.
+        accumulates: whether an optimizer step takes several backward passes.
 
     Source: arXiv:1910.02054 (ZeRO), fig. 1; accelerate 1.15, Accelerator.no_sync, by which FSDP2 holds the gradients
     whole between the passes of a step
