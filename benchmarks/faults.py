@@ -8,6 +8,8 @@ interrupted. How it is interrupted takes turns:
 - SIGKILL while a checkpoint is being written;
 - SIGTERM at a random moment, which lets the step end and saves;
 - a disk that is full at a random moment (a small tmpfs, which needs root; else it is left out, and that is said).
+
+`--ranks` runs two processes each (launch=ddp), and kills a random one of them at a random moment of the training.
 """
 
 import argparse
@@ -31,7 +33,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "tests")]
 
 TRAINERS = ["sft", "dpo", "grpo", "reward", "kto", "rloo", "ppo"]
 WAYS = ["SIGKILL, any moment", "SIGKILL, in a save", "SIGTERM, any moment", "full disk"]
-KILLS = 3  # of a run, at most
+RANKS = "SIGKILL of one of two ranks, any moment"
+KILLED = 5  # exit code of a run that lost a rank
 STEPS = 8
 ROOM = 48 << 20  # bytes of the small disk
 
@@ -39,7 +42,7 @@ ROOM = 48 << 20  # bytes of the small disk
 # ---- runs ---------------------------------------------------------------------------------------------------------
 
 
-def begin(trainer: str, model: Path, run_dir: Path) -> None:
+def begin(trainer: str, model: Path, run_dir: Path, way: str) -> None:
     """Make the directory of a run."""
     from test_run import BATCH, SMALL, extras
 
@@ -52,6 +55,7 @@ def begin(trainer: str, model: Path, run_dir: Path) -> None:
             *(f"trainer.max_steps={STEPS}", "trainer.logging_steps=3", "trainer.learning_rate=1e-2"),
             *("trainer.save_strategy=steps", "trainer.save_steps=2", "trainer.save_total_limit=2"),
             *("trainer.eval_strategy=steps", "trainer.eval_steps=4", "peft.lora_dropout=0.1", f"output_dir={run_dir}"),
+            *(["launch=ddp", "launch.processes=2"] if way == RANKS else []),
         ]
     )
     run_dir.mkdir(parents=True)
@@ -76,24 +80,32 @@ def _run(run_dir: Path) -> int:
     import logging
     import traceback
 
-    from runner import manifest, resume
+    from runner import launch, manifest, resume
     from runner.errors import RunPreempted, RunStopped
     from runner.run import run
 
     logging.basicConfig(level=logging.INFO, force=True)
     try:
         if manifest.read(run_dir)["status"] == "created" or resume.prepare(run_dir, {}, allow_changes=False):
-            run(run_dir)
+            node = read_launch(run_dir)
+            launch.launch(run_dir, node) if launch.is_needed(node) else run(run_dir)
     except (RunPreempted, SystemExit) as ended:  # the latter outside of training
         return int(ended.code or 0)
     except RunStopped as ended:
-        return 3 if "disk full" in str(ended) else 1
+        return 3 if "disk full" in str(ended) else KILLED if "was killed by SIGKILL" in str(ended) else 1
     except BaseException:  # noqa: BLE001  a child of a fork must not return into its parent's code
         with contextlib.suppress(OSError):  # the log is on the same full disk
             traceback.print_exc()
             sys.stderr.flush()
         return 4 if "No space left" in traceback.format_exc() else 1
     return 0
+
+
+def read_launch(run_dir: Path) -> dict[str, Any]:
+    """Return what a run's config says of its processes."""
+    import yaml
+
+    return yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))["launch"]
 
 
 def result(run_dir: Path) -> tuple[str, list[dict[str, Any]]]:
@@ -146,10 +158,19 @@ def interrupt(way: str, run_dir: Path, seconds: float, chance: random.Random) ->
     Args:
         way: One of ``WAYS``.
         run_dir: The run.
-        seconds: What a whole run takes.
+        seconds: What a whole run takes, or the training of one in several processes.
         chance: Random numbers.
     """
+    for path in (run_dir / "ranks").glob("*.*"):  # of an earlier start
+        path.unlink()
     process, moment = fork(run_dir), chance.uniform(0, seconds)
+    if way == RANKS:
+        found = ended(process, 300, lambda: len([*(run_dir / "ranks").glob("*.begun")]) == 2) or ended(process, moment)
+        with contextlib.suppress(ProcessLookupError):  # it is over already
+            if not found:
+                os.kill(int((run_dir / "ranks" / f"{chance.randrange(2)}.pid").read_text()), signal.SIGKILL)
+        code = wait(process)
+        return {0: None, KILLED: "killed"}.get(code, f"failed with {code}: {last_line(run_dir)}")
     if way == "full disk":
         ended(process, moment)
         ballast = run_dir.parent / "ballast"
@@ -183,20 +204,26 @@ def campaign(lane: int, given: Any, model: Path, folder: Path) -> list[dict[str,
     for number in range(lane, given.runs, given.lanes):
         way, trainer = given.ways[number % len(given.ways)], TRAINERS[number // len(given.ways) % len(TRAINERS)]
         if trainer not in whole:
-            begin(trainer, model, folder / f"{trainer}-{lane}")
-            start = time.monotonic()
-            assert wait(fork(folder / f"{trainer}-{lane}")) == 0, f"see {folder}/{trainer}-{lane}.log"
-            whole[trainer] = result(folder / f"{trainer}-{lane}"), time.monotonic() - start
+            run_dir = folder / f"{trainer}-{lane}"
+            begin(trainer, model, run_dir, way)
+            start = time.time()
+            assert wait(fork(run_dir)) == 0, f"see {run_dir}.log"
+            took = time.time() - start
+            if way == RANKS:
+                begun, saved = (max(path.stat().st_mtime for path in run_dir.glob(pattern))
+                                for pattern in ("ranks/*.begun", "checkpoints/*/complete.json"))  # fmt: skip
+                took = saved - begun
+            whole[trainer] = result(run_dir), took
         expected, seconds = whole[trainer]
         chance, place, ends = random.Random(number), folder / f"{number}", []
         with small_disk(place) if way == "full disk" else contextlib.nullcontext():
             run_dir = place / "run"
             while not ends:  # one that was over before its moment came is begun anew
                 shutil.rmtree(run_dir, ignore_errors=True)
-                begin(trainer, model, run_dir)
-                while len(ends) < KILLS and (how := interrupt(way, run_dir, seconds, chance)):
+                begin(trainer, model, run_dir, way)
+                while len(ends) < given.kills and (how := interrupt(way, run_dir, seconds, chance)):
                     ends.append(how)
-            code = wait(fork(run_dir)) if len(ends) == KILLS else 0
+            code = wait(fork(run_dir)) if len(ends) == given.kills else 0
             same = code == 0 and result(run_dir) == expected
             log = (place / "run.log").read_text()
             found.append({"trainer": trainer, "way": way, "ends": ends, "same": same})
@@ -230,8 +257,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--lanes", type=int, default=2, help="runs at a time")
+    parser.add_argument("--kills", type=int, default=3, help="interruptions of a run, at most")
+    parser.add_argument("--ranks", action="store_true", help="runs of two processes")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     given = parser.parse_args()
+    given.ways = [RANKS] if given.ranks else given.ways
     if WAYS[-1] in given.ways and not (os.geteuid() == 0 and sys.platform == "linux"):
         given.ways = [way for way in given.ways if way != WAYS[-1]]
         sys.stderr.write("The full disk is left out: a small disk can only be mounted by root, on Linux.\n")

@@ -75,23 +75,30 @@ def refuse_secrets(*written: Any) -> None:
         raise ConfigError("The config holds what looks like a secret, and it is written to disk: use the environment.")
 
 
-def start(run_dir: Path) -> float | None:
-    """Run one directory in this process, or in several, and compare its metrics with what its recipe expects."""
+def start(run_dir: Path, here: dict[str, Any] | None = None) -> float | None:
+    """Run one directory in this process, or in several, and compare its metrics with what its recipe expects.
+
+    Args:
+        run_dir: The run's directory.
+        here: What the config's ``launch`` is on this machine; None: what the directory says.
+    """
     from runner import freeze, launch, lean, manifest
 
     config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+    config["launch"] = here or config.get("launch") or {}
     lean.begin(lean.left_out(config))
-    if launch.is_needed(config.get("launch") or {}):
+    launch.refuse(config)
+    if launch.is_needed(config["launch"]):
         metrics = launch.launch(run_dir, config["launch"])
     else:
         console.quieten()
         from runner.run import run
 
         lean.settle()
-        if launch.is_led():
-            launch.agree(run_dir)
+        if launch.is_led() and manifest.rank() == 0:
+            launch.agree(run_dir)  # the others have asked for it
         metrics = run(run_dir)
-    if config.get("check_expected"):
+    if config.get("check_expected") and manifest.rank() == 0:
         faults = freeze.unexpected(config, metrics)
         manifest.update(run_dir, unexpected=faults)
         if faults:
@@ -107,23 +114,57 @@ def main() -> None:
     if any(argument.startswith(("-sc", "--shell", "--hydra-help", "--version")) for argument in sys.argv[1:]):
         task()
         return
-    if (run_dir := led_to()) is not None:
-        sys.exit(go_on(run_dir))
     try:
+        if (led := led_to(sys.argv[1:])) is not None:
+            sys.exit(go_on(*led))
         if (run_dir := find_resumed(sys.argv[1:])) is not None:
             sys.exit(go_on(run_dir))
         sys.argv[1:] = prepare(without_resume(sys.argv[1:]), again="resume=auto" in sys.argv[1:])
-    except ConfigError as error:
+    except (ConfigError, RunStopped) as error:
         sys.stderr.write(f"runner: {error}\n")
-        sys.exit(2)
+        sys.exit(console.exit_code(error))
     task()
 
 
-def led_to() -> Path | None:
-    """Return the directory of the first rank, where somebody else's launcher started this one as another."""
+def led_to(argv: list[str]) -> tuple[Path, dict[str, Any] | None] | None:
+    """Return the directory that another process or machine makes, where this one is not the first of a run.
+
+    Returns:
+        The directory, and what ``launch`` is on this machine, for ``start``; None for the first.
+
+    Raises:
+        ConfigError: The config has faults, or the launcher has lost processes.
+        RunStopped: The first machine is not to be found.
+    """
     from runner import launch, manifest
 
-    return launch.agree(None) if manifest.rank() and launch.is_led() else None
+    launch.refuse_lost()
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    several = "WORLD_SIZE" not in os.environ and (tasks > 1 or any("launch" in word for word in argv))
+    node = find_launch(argv) if several else {}
+    launch.adopt_tasks(node)
+    if launch.is_led():
+        if compose.parse_arguments(without_resume(argv)).multirun:
+            raise ConfigError("A sweep starts the processes of its trials itself: start it once, without a launcher.")
+        return (launch.agree(None), None) if manifest.rank() else None
+    if rank := launch.place(node).rank:
+        os.environ["RANK"] = str(rank)  # only the first writes the manifest
+        return launch.meet(node, None), node
+    return None
+
+
+def find_launch(argv: list[str]) -> dict[str, Any]:
+    """Return the ``launch`` node of a command line, or of the run that it resumes; empty where it starts no run."""
+    arguments = compose.parse_arguments(without_resume(argv))
+    if arguments.multirun or arguments.cfg or arguments.help or arguments.info:
+        return {}
+    named = [word.partition("=")[2] for word in argv if word.startswith("resume=")]
+    if named and named != ["auto"] and (path := Path(named[-1]) / "config.yaml").is_file():
+        node = (OmegaConf.to_container(OmegaConf.load(path)) or {}).get("launch") or {}  # type: ignore[union-attr]
+        typed = compose.read_values(arguments.overrides)
+        return node | {key.partition(".")[2]: v for key, v in typed.items() if key.startswith("launch.")}
+    where = {"config_dir": arguments.config_dir, "config_name": arguments.config_name or "config"}
+    return compose.compose(arguments.overrides, **where).config["launch"]
 
 
 def find_resumed(argv: list[str]) -> Path | None:
@@ -169,11 +210,13 @@ def without_resume(argv: list[str]) -> list[str]:
     return [word for word in argv if not word.startswith(("resume=", "resume.allow_changes="))]
 
 
-def go_on(run_dir: Path, *, terminal: bool = True) -> int:
-    """Run a directory outside of Hydra, with the log that it has, and return the exit code."""
-    console.set_up_logs(run_dir, terminal=terminal)
+def go_on(run_dir: Path, here: dict[str, Any] | None = None, *, terminal: bool = True) -> int:
+    """Run a directory outside of Hydra, with its log, and return the exit code; ``here`` is as in ``start``."""
+    from runner import manifest
+
+    console.set_up_logs(None if manifest.rank() else run_dir, terminal=terminal)
     try:
-        start(run_dir)
+        start(run_dir, here)
     except RunPreempted as error:
         log.warning("The run ended early: %s. Go on with: %s", error, resume.command(run_dir))
         return error.code
@@ -210,9 +253,12 @@ def prepare(argv: list[str], *, again: bool = False) -> list[str]:
     refuse_secrets(checked.config, arguments.overrides)  # before Hydra writes any of it
     if "search" in checked.config and not only_shown:
         raise ConfigError("search has no effect on one run: type -m for a sweep, or search=null.")
-    if checked.config.get("probe") and not only_shown:
-        probe(argv)
     if not only_shown:
+        from runner import launch
+
+        launch.refuse(checked.config)
+        if checked.config.get("probe"):
+            probe(argv)
         begun = again and checked.run_dir.is_dir()
         (checked.run_dir / "config.yaml").unlink(missing_ok=True) if begun else None
         run_dir = str(checked.run_dir if begun else compose.claim(checked.run_dir)).replace("'", r"\'")

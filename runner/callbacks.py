@@ -263,7 +263,7 @@ def _fingerprint(model: Any) -> torch.Tensor:
     """
     rows = []
     for _, parameter in _trainable(model):
-        flat = _local(parameter).reshape(-1)
+        flat = _local(getattr(parameter, "ds_tensor", parameter)).reshape(-1)  # of DeepSpeed's: this rank's part
         wide = torch.float32 if flat.device.type == "mps" else torch.float64  # mps has no float64
         total = torch.zeros(2, dtype=torch.float64)
         for chunk in flat.split(CHUNK):

@@ -203,7 +203,7 @@ def _files(done: Check) -> dict[str, Any]:
 
 def check_reach(done: Check) -> dict[str, Any]:
     """Find what the config names, and a place to write to."""
-    from runner import reach
+    from runner import engines, launch, reach
 
     if done.options.get("reach") == "false":
         from huggingface_hub import constants
@@ -216,6 +216,9 @@ def check_reach(done: Check) -> dict[str, Any]:
     done.absent = {place.key for place in places if place.state == "not asked"}
     done.absent |= {fault.partition("=")[0] for fault in faults}
     done.add(*(Finding("reach", fault) for fault in faults))
+    node, trainer = done.config["launch"], done.config["trainer"]
+    lacking = engines.find_missing(node, processes=launch.processes(node), use_cpu=bool(trainer.get("use_cpu")))
+    done.add(*(Finding("launch", fault) for fault in lacking + engines.vllm_faults(trainer)))
     done.add(*(Finding("trackers", fault) for fault in reach.tracker_faults(done.config["trainer"])))
     free = reach.writable(done.composed.run_dir)
     say(f"  output_dir  {done.composed.run_dir}, {size(free)} free")

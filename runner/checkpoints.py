@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from runner import disk
+from runner import disk, manifest
 from runner.errors import ConfigError
 
 SEAL, STATE = "complete.json", "runner_state.pt"
@@ -25,6 +25,9 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 # What the trainers of transformers 5 and trl 1.16 count or hold between steps, and do not save.
 COUNTED = ("_total_loss_scalar", "_globalstep_last_logged", "_tr_loss", "_total_train_tokens", "_step", "entropy_coef",
            "_last_world_entropy")  # fmt: skip
+# Keys whose change, once allowed, lets a step have other rows than the checkpoint's.
+SIZES = {"global_batch_size", "launch.processes", "launch.nodes", "trainer.per_device_train_batch_size",
+         "trainer.gradient_accumulation_steps"}  # fmt: skip
 COLLECTED = ("_metrics", "_stored_metrics")  # numbers of steps that are not logged yet, by mode and name
 HELD = "_buffered_inputs"  # completions in hand of GRPO and RLOO
 
@@ -45,6 +48,8 @@ class Checkpoints(TrainerCallback):
         self.trainer, self.run_dir, self.keep, self.resumed = trainer, run_dir, keep, resumed
         self.went_on = False
         self.order: torch.Tensor | None = None  # random state that the order of this epoch is drawn from
+        if resumed:
+            _refuse_parts(trainer.args, resumed)
         self.trainer.accelerator.wait_for_everyone()  # until all have found the checkpoint
         if trainer.is_world_process_zero():
             tidy(run_dir, resumed)
@@ -79,13 +84,20 @@ class Checkpoints(TrainerCallback):
         own = self.resumed / _state_name(args)  # which is not there where fewer processes saved
         state = own if own.exists() else self.resumed / STATE
         found = torch.load(state, map_location=args.device.type, weights_only=True)
-        if (before := found.pop("processes")) != args.world_size:
-            if found.pop(HELD, None):
-                raise ConfigError(
-                    f"{self.run_dir} cannot go on with {args.world_size} processes: its checkpoint was saved by "
-                    f"{before}, in the middle of a generation. Start as many."
-                )
-            logger.warning("Going on with %d processes; the checkpoint was saved by %d", args.world_size, before)
+        before, rows = found.pop("processes"), found.pop("rows", None)
+        if before == args.world_size:
+            return found
+        refused = f"{self.run_dir} cannot go on with {args.world_size} processes: its checkpoint was saved by {before}"
+        record = manifest.read(self.run_dir)
+        *earlier, last = record.get("resumes") or [{}]
+        if found.pop(HELD, None):
+            raise ConfigError(f"{refused}, in the middle of a generation. Start as many.")
+        if rows not in (None, _rows(args)) and not SIZES & (last.get("changed") or {}).keys():
+            raise ConfigError(
+                f"{refused}, with {rows} rows a step instead of {_rows(args)}. Type global_batch_size={rows}."
+            )
+        logger.warning("Going on with %d processes; the checkpoint was saved by %d", args.world_size, before)
+        manifest.update(self.run_dir, resumes=[*earlier, {**last, "processes": [before, args.world_size]}])
         return found
 
     def _find_best(self, resumed: Path, state: Any) -> None:
@@ -109,7 +121,8 @@ class Checkpoints(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         names = [name for name in (*COUNTED, *COLLECTED, HELD) if hasattr(self.trainer, name)]
         found = {name: _plain(getattr(self.trainer, name)) for name in names}
-        found |= {"order": self.order, "processes": args.world_size, "training": self.trainer.model.training}
+        found |= {"order": self.order, "processes": args.world_size, "rows": _rows(args)}
+        found |= {"training": self.trainer.model.training}
         torch.save(found, folder / _state_name(args))
         self.trainer.accelerator.wait_for_everyone()  # each process writes files of its own
         if not state.is_world_process_zero:
@@ -245,6 +258,21 @@ def _by_step(folder: Path) -> list[Path]:
 
 def _state_name(args: Any) -> str:
     return STATE.replace(".pt", f"_{args.process_index}.pt") if args.process_index else STATE
+
+
+def _refuse_parts(args: Any, resumed: Path) -> None:
+    """Refuse a checkpoint of DeepSpeed's that other processes have parts of."""
+    before = len(list(resumed.glob(STATE.replace(".pt", "*.pt"))))
+    if getattr(args, "deepspeed", None) and before != args.world_size:
+        raise ConfigError(
+            f"{resumed} cannot be resumed by {args.world_size} processes: DeepSpeed has cut it into the parts of "
+            f"{before}. Start as many."
+        )
+
+
+def _rows(args: Any) -> int:
+    """Return the sequences of an optimizer step, over all processes."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def _size(path: Path) -> int:

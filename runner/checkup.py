@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner import views
+from runner import launch, views
 from runner.compose import Composed
 from runner.config import trainer_name
 from runner.findings import Finding
@@ -44,6 +44,11 @@ class Check:
     def reads(self) -> str:
         """What the trainer reads."""
         return views.row_kind(self.trainer)
+
+    @property
+    def processes(self) -> int:
+        """How many processes the run is planned for."""
+        return launch.world(self.config["launch"])
 
     @property
     def failed(self) -> bool:

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from runner import formats, schema, views
+from runner import engines, formats, schema, views
 from runner.errors import ConfigError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -30,6 +30,11 @@ OWNED = {
     "trainer.do_train": "nothing: a run trains",
     "trainer.do_eval": "dataset.eval=null for no evaluation",
     "trainer.do_predict": "samples.rows=...",
+    "trainer.fsdp": "launch=fsdp2",
+    "trainer.fsdp_config": "launch=fsdp2 launch.fsdp.<field>",
+    "trainer.deepspeed": "launch=zero2 or launch=zero3, and launch.deepspeed.<field>",
+    "launch.deepspeed.gradient_accumulation_steps": "trainer.gradient_accumulation_steps",
+    "launch.deepspeed.gradient_clipping": "trainer.max_grad_norm",
     "trainer.hub_token": "the environment variable HF_TOKEN: a config is written to disk",
     "peft.task_type": "nothing: it follows from the trainer",
     "peft.base_model_name_or_path": "model.name_or_path=...",
@@ -107,8 +112,11 @@ def _conflicts(config: dict[str, Any], choices: dict[str, str]) -> list[str]:
             f"quantization={choices.get('quantization', '?')} cannot train without an adapter: quantized weights "
             f"stay frozen, found peft=none. Choose {_options('peft')}, or quantization=none."
         )
-    processes, size = (config.get("launch") or {}).get("processes", 1), config.get("global_batch_size")
-    if size and isinstance(processes, int) and not accumulation(size, config["trainer"], processes):
+    found += engines.find_conflicts(config)
+    node, size = config.get("launch") or {}, config.get("global_batch_size")
+    each, nodes = node.get("processes", 1), node.get("nodes", 1)
+    processes = each * nodes if isinstance(each, int) and isinstance(nodes, int) else None
+    if size and processes and not accumulation(size, config["trainer"], processes):
         found.append(
             f"global_batch_size={size} cannot be made by {processes} processes with "
             f"trainer.per_device_train_batch_size={config['trainer'].get('per_device_train_batch_size', 8)}: choose "
@@ -196,6 +204,8 @@ IDLE: list[tuple[str, Callable[[dict[str, Any], dict[str, Any]], bool], str]] = 
     ("peft.lora_dropout", lambda t, c: t["_target_"].endswith("PPOConfig"), "PPO trains without dropout"),
     ("dataset.name dataset.revision", lambda t, c: Path(str(c["dataset"].get("path"))).expanduser().exists(),
      "dataset.path is local"),
+    ("launch.node_rank launch.rendezvous", lambda t, c: (c.get("launch") or {}).get("nodes", 1) == 1,
+     "launch.nodes is 1"),
     ("model.revision", lambda t, c: Path(c["model"]["name_or_path"]).expanduser().is_dir(), "the model is local"),
 ]  # fmt: skip
 
@@ -223,8 +233,13 @@ def _evaluates_nothing(config: dict[str, Any]) -> bool:
     return not dataset.get("eval") and not any((s or {}).get("eval") for s in (dataset.get("sources") or {}).values())
 
 
-def build(node: dict[str, Any], **fields: Any) -> Any:
+def build(node: dict[str, Any], *, class_fields: dict[str, Any] | None = None, **fields: Any) -> Any:
     """Make the object that an upstream config node names; the node's values give way to ``fields``.
+
+    Args:
+        node: The config node.
+        class_fields: What the class would find out from its surroundings, and is to take as given.
+        fields: Values.
 
     Raises:
         ConfigError: The class is not one that a config may name, or it refuses its values.
@@ -236,8 +251,9 @@ def build(node: dict[str, Any], **fields: Any) -> Any:
     if not TARGET.fullmatch(target):
         raise ConfigError(f"_target_={target!r} is not a config class of trl, peft, transformers or runner.")
     try:
-        return instantiate({**node, **fields}, _convert_="all", _recursive_=False)
-    except InstantiationException as error:
+        made = instantiate({**node, **fields}, _convert_="all", _recursive_=False, _partial_=bool(class_fields))
+        return type(made.func.__name__, (made.func,), class_fields)(**made.keywords) if class_fields else made
+    except (InstantiationException, ValueError) as error:
         cause = error.__cause__ or error
         raise ConfigError(f"{target.rsplit('.', 1)[-1]} refuses its values: {cause}") from error
 
@@ -281,6 +297,10 @@ def _group_fields(group: str, node: dict[str, Any]) -> dict[str, schema.Field]:
     if group in UPSTREAM:
         return _upstream_fields(group, node)
     known = schema.own_fields(schema.GROUPS[group])
+    if group == "launch":
+        plugins = {name: target for name, target in engines.PLUGINS.items() if isinstance(node.get(name), dict)}
+        inner = {n: schema.upstream_fields(target) for n, target in plugins.items()}
+        return known | {f"{name}.{key}": field for name, keys in inner.items() for key, field in keys.items()}
     if group not in ("dataset", "reward"):
         return known
     nested, function, module = (

@@ -6,7 +6,7 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
-from runner import schema
+from runner import engines, schema
 from runner.config import CONF, OWNED, UPSTREAM, option_targets
 from runner.errors import ConfigError
 
@@ -22,7 +22,8 @@ def json_schema() -> dict[str, Any]:
     """
     own = {
         "model": _closed(schema.own_fields(schema.Model), "model"),
-        **{name: _closed(schema.own_fields(schema.GROUPS[name]), None) for name in ("samples", "launch", "search")},
+        **{name: _closed(schema.own_fields(schema.GROUPS[name]), None) for name in ("samples", "search")},
+        "launch": _launch(),
         "dataset": _dataset(),
         "reward": _reward(),
     }
@@ -68,6 +69,14 @@ def _choice(targets: Iterable[str]) -> dict[str, Any]:
         "then": {"allOf": named},
         "else": {"anyOf": [{"$ref": f"#/$defs/{target}"} for target in targets]},
     }
+
+
+def _launch() -> dict[str, Any]:
+    closed = _closed(schema.own_fields(schema.Launch), "launch")
+    for name, target in engines.PLUGINS.items():
+        plugin = _closed(schema.upstream_fields(target), "launch")
+        closed["properties"][name] = {"anyOf": [{"type": "null"}, plugin]}
+    return closed
 
 
 def _dataset() -> dict[str, Any]:

@@ -5,7 +5,7 @@ Bytes are those of one process. B sequences of a forward pass, L tokens of the l
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 PROCESS = 610e6  # bytes of Python and its libraries, a tokenizer and rows, before any weights; measured on a CPU
 CONTEXT = 500e6  # bytes that a CUDA context holds beside the tensors
@@ -108,6 +108,16 @@ def _evaluations(arguments: Any, steps: int, per_epoch: int) -> int:
 # ---------------------------------------------------------------- memory
 
 
+class Shares(NamedTuple):
+    """What a process holds of the parts of a training: 1 is all, 1/8 its part of eight, 0 none (it is on the host)."""
+
+    weights: float = 1.0
+    gradients: float = 1.0
+    states: float = 1.0
+    gathers: bool = False  # whether weights are gathered, layer by layer, to compute with them
+    resharded: bool = True  # and given back after the forward pass
+
+
 @dataclass(frozen=True)
 class Model:
     """What a model that is to be trained is made of; numbers, and bytes where it says so.
@@ -124,6 +134,7 @@ class Model:
         vocabulary: entries.
         head: of the output layer where it trains; its gradient is there from the start of the backward pass.
         context: tokens that the model can read; 0 where it does not say.
+        unit: bytes of the largest piece that is gathered at a time where weights are split: a layer, or the embedding.
     """
 
     parameters: int
@@ -137,6 +148,7 @@ class Model:
     vocabulary: int
     head: int
     context: int
+    unit: float = 0
 
 
 @dataclass(frozen=True)
@@ -156,6 +168,7 @@ class Work:
         copies: bytes of further models: a reference, rewards.
         graphs: passes whose activations are held at a time.
         cuda: whether it runs there, where Triton's kernels score tokens in place.
+        shares: what this process holds of the model, its gradients and its optimizer's states.
     """
 
     trainer: str
@@ -170,6 +183,7 @@ class Work:
     copies: float = 0
     graphs: int = 1
     cuda: bool = False
+    shares: Shares = Shares()  # noqa: RUF009  a tuple
 
 
 def work_of(
@@ -222,24 +236,52 @@ def work_of(
     )
 
 
+def shares(node: dict[str, Any], processes: int, *, accumulates: bool) -> Shares:
+    """Return what each of some processes holds under a ``launch`` node.
+
+    Args:
+        node: the config's ``launch``.
+        processes: in all.
+        accumulates: whether an optimizer step takes several backward passes.
+
+    Source: arXiv:1910.02054 (ZeRO), fig. 1; accelerate 1.15, Accelerator.no_sync, by which FSDP2 holds the gradients
+    whole between the passes of a step
+    """
+    part = 1 / processes
+    if fsdp := node.get("fsdp"):
+        if fsdp.get("cpu_offload"):
+            return Shares(0, 0, 0, gathers=True, resharded=fsdp.get("reshard_after_forward") is not False)
+        return Shares(part, 1 if accumulates else part, part, True, fsdp.get("reshard_after_forward") is not False)
+    if deepspeed := node.get("deepspeed"):
+        stage = deepspeed.get("zero_stage", 2)
+        weights, gradients, states = (part if stage >= least else 1.0 for least in (3, 2, 1))
+        states = 0 if deepspeed.get("offload_optimizer_device") in ("cpu", "nvme") else states
+        weights = 0 if deepspeed.get("offload_param_device") in ("cpu", "nvme") else weights
+        return Shares(weights, gradients, states, gathers=stage >= 3)
+    return Shares()
+
+
 def estimate_memory(model: Model, work: Work) -> dict[str, int]:
     """Return the bytes of each part, and ``peak``, what is held at the worst moment.
 
     The parts are not all held at once: activations go as gradients come, and sampling happens between steps.
     """
-    kept = model.kept_checkpointed if work.checkpointing else model.kept
+    kept, own = model.kept_checkpointed if work.checkpointing else model.kept, work.shares
+    gathered = (2 * model.unit if own.resharded else model.weights) if own.gathers else 0  # the next beside the present
+    gradients = 4 * model.trainable * own.gradients
     parts = {
         "process": CONTEXT if work.cuda else PROCESS,
-        "weights": model.weights,
-        "gradients": 4 * model.trainable,
-        "optimizer": _states(work.optimizer) * model.trainable,
+        "weights": model.weights * own.weights + gathered,
+        "gradients": gradients,
+        "optimizer": _states(work.optimizer) * model.trainable * own.states,
         "activations": kept * work.sequences * work.length * work.graphs,
         "logits": _logits(model, work),
         "sampling": work.sampled * (model.cache * work.sampled_length + SAMPLER_COPIES * 4 * model.vocabulary),
         "other models": work.copies,
     }
     always = parts["process"] + parts["weights"] + parts["optimizer"] + parts["other models"]
-    forward = parts["activations"] + parts["logits"] + 4 * (model.trainable if work.accumulates else model.head)
+    held = gradients if work.accumulates else 4 * model.head * own.gradients
+    forward = parts["activations"] + parts["logits"] + held
     trains = always + max(forward, parts["gradients"], parts["sampling"])
     peak = max(trains, parts["process"] + parts["weights"] + model.loading)
     return {name: round(size) for name, size in {**parts, "peak": peak}.items()}

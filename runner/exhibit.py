@@ -77,6 +77,7 @@ def check_view(done: Check) -> dict[str, Any]:
         done.composed.run_dir,
         evaluates=done.rows.eval is not None,
         global_batch_size=done.config.get("global_batch_size"),
+        planned=done.processes,
     )
     examples = done.audit["train"]["examples"]
     learns = find_learnt(done.trainer, done.reads, done.read[0], done.arguments)

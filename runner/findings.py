@@ -10,7 +10,7 @@ from runner.rows import find_repeats
 POLICIES = {
     **dict.fromkeys(("no_effect", "dropped", "skipped", "duplicates", "overlap", "over_length", "truncated"), "warn"),
     **dict.fromkeys(("no_supervised_token", "no_stop_token", "double_bos", "prompt_differs", "left_out"), "warn"),
-    **dict.fromkeys(("reward_blind", "reward_order", "context", "few_rows", "memory", "note"), "warn"),
+    **dict.fromkeys(("reward_blind", "reward_order", "context", "few_rows", "memory", "launch", "note"), "warn"),
     **dict.fromkeys(("no_generation_markers", "disk", "trackers"), "fail"),
 }
 SHOWN = 3  # rows that a finding names

@@ -1,6 +1,7 @@
 """What a run will hold in memory: its models, counted without their weights, and its largest moment."""
 
 from collections.abc import Set
+from dataclasses import replace
 from typing import Any
 
 from runner import adapters, estimate, hardware, models, reach, skeleton
@@ -8,7 +9,12 @@ from runner.config import build, given
 
 
 def foresee_memory(
-    counted: tuple[estimate.Model, dict[str, float]], *, samples: dict[str, int], held_out: int, **shape: Any
+    counted: tuple[estimate.Model, dict[str, float]],
+    *,
+    samples: dict[str, int],
+    held_out: int,
+    launch: dict[str, Any],
+    **shape: Any,
 ) -> tuple[dict[str, int], estimate.Work]:
     """Return the bytes of each part of a run and of its peak, in one process, and the work that they are of.
 
@@ -16,10 +22,16 @@ def foresee_memory(
         counted: What ``count_models`` gave.
         samples: The config's node, of answers to held-out prompts.
         held_out: Rows whose prompts are answered.
+        launch: The config's node, of how processes share the model.
         shape: ``trainer``, ``arguments`` and ``audit``, as in ``count_models``.
     """
-    model, copies = counted
-    work = estimate.work_of(samples=samples, held_out=held_out, copies=sum(copies.values()), **shape)
+    (model, copies), arguments = counted, shape["arguments"]
+    accumulates = arguments.gradient_accumulation_steps > 1
+    shares = estimate.shares(launch, arguments.world_size, accumulates=accumulates)
+    held = sum(size * (shares.weights if name == "reference" else 1) for name, size in copies.items())
+    work = estimate.work_of(samples=samples, held_out=held_out, copies=held, **shape)
+    recomputes = bool((launch.get("fsdp") or {}).get("activation_checkpointing"))
+    work = replace(work, shares=shares, checkpointing=work.checkpointing or recomputes)
     return estimate.estimate_memory(model, work), work
 
 

@@ -12,7 +12,7 @@ Fields:
     argv: what was typed
     overrides: what of it was for the config
     choices: the option of each group
-    resumes: for each time that the run went on: its status before, and the keys that were changed
+    resumes: for each time that the run went on: its status before, and the keys and the processes that were changed
     config_sha256: digest of config.yaml
     git: commit, changed files and diff of the repository around the working directory
     versions: of Python and of the libraries that a result hangs on
@@ -20,6 +20,7 @@ Fields:
     platform: operating system, machine, host
     hardware: device, accelerators, processor, cores, memory, threads
     process: number of the process
+    processes: that train together
     chosen: what was chosen for the hardware, because the config leaves it open
     seed: of everything
     determinism: seeds and settings of the training that decide whether it can be repeated

@@ -197,10 +197,16 @@ def fit_embedding(model: Any, tokenizer: "PreTrainedTokenizerBase") -> None:
     """
     import torch
 
-    rows = model.get_input_embeddings().weight.shape[0]
+    weight = model.get_input_embeddings().weight
+    rows = getattr(weight, "ds_shape", weight.shape)[0]
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed <= rows:
         return
+    if hasattr(weight, "ds_shape"):
+        raise ConfigError(
+            f"The model's embedding has {rows} rows and its tokenizer {needed} tokens: it cannot grow while DeepSpeed "
+            "splits it. Choose a token that it has with model.pad_token=..., or launch=fsdp2."
+        )
     model.resize_token_embeddings(needed, mean_resizing=False)
     logger.info("The embedding grew from %d to %d rows, for the tokenizer's new tokens", rows, needed)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from runner import estimate, foresight, hardware, reach, trainers
+from runner import engines, estimate, foresight, hardware, reach, trainers
 from runner.callbacks import duration
 from runner.checkup import Check, Passed, need, say, size, table
 from runner.findings import Finding, percent
@@ -59,17 +59,17 @@ def check_plan(done: Check) -> dict[str, Any]:
     what = "answers" if online else "packed sequences" if getattr(arguments, "packing", False) else "rows"
     limit = done.config["trainer"].get("save_total_limit")
     stay = plan.checkpoints if limit is None else min(limit, plan.checkpoints)
+    engine = engines.chosen(done.config["launch"])
     held = estimate.checkpoint_bytes(done.model, arguments.optim) if done.model else 0
     each = f", {size(held)} each" if held else ""
     table({
+        "processes": f"{done.processes}" + (f", which split the model ({engine})" if engine else ""),
         "steps": f"{plan.steps} optimizer steps, {plan.epochs:.3g} epochs",
         "per step": f"{plan.sequences} {what}, {most}{plan.tokens_per_step:,.0f} tokens on average",
         "in all": f"{most}{plan.tokens:,.0f} tokens",
         "evaluations": plan.evaluations,
         "checkpoints": f"{plan.checkpoints}, of which {stay} stay{each}",
     })  # fmt: skip
-    if done.config["launch"].get("processes", 1) != 1 and not done.config.get("global_batch_size"):
-        say("  this is what one process would take; several take fewer steps of more rows")
     if plan.sequences > prompts and not online:
         done.add(
             Finding("few_rows", f"a step reads {plan.sequences} rows and there are {prompts}: an epoch is one step.")
@@ -87,11 +87,11 @@ def check_memory(done: Check) -> dict[str, Any]:
     if done.model is None or done.plan is None:
         raise Passed("it needs rows, a tokenizer and the model's config")
     device = hardware.device_type(use_cpu=done.arguments.use_cpu)
-    answered = {"samples": done.config["samples"], "held_out": len(done.rows.held_out)}
+    answered = {"samples": done.config["samples"], "held_out": len(done.rows.held_out), "launch": done.config["launch"]}
     parts, work = foresight.foresee_memory((done.model, done.copies), **answered, **_shape(done))
     table({name: size(held) for name, held in parts.items() if held and name != "peak"})
     there = hardware.memory_bytes(device)
-    say(f"  peak, about {size(parts['peak'])}" + (f" of {size(there)} ({device})" if there else ""))
+    say(f"  peak of a process, about {size(parts['peak'])}" + (f" of {size(there)} ({device})" if there else ""))
     if there and parts["peak"] > there:
         change = estimate.nearest_fit(done.model, work, there)
         hint = (
@@ -114,6 +114,8 @@ def probe(done: Check) -> dict[str, Any]:
     transformers.utils.logging.disable_progress_bar()
     if done.plan is None or done.failed:
         raise Passed("there is something to correct first")
+    if engines.chosen(done.config["launch"]):
+        raise Passed("it takes its step in one process, and this model is split over several")
     config, plan = copy.deepcopy(done.config), done.plan
     steps = getattr(done.arguments, "steps_per_rollout", 1)
     quiet = {

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from runner import manifest
+from runner.callbacks import over_ranks
 from runner.errors import RunPruned
 from runner.journal import STUDY, TRIAL, open_storage
 
@@ -41,23 +42,24 @@ class Pruning(TrainerCallback):
         numbers = {key: float(value) for key, value in (logs or {}).items() if isinstance(value, int | float)}
         self.last |= numbers
         value, step = numbers.get(self.objective), state.global_step
-        if value is None or not math.isfinite(value) or step == 0 or self.cause or not state.is_world_process_zero:
+        if value is None or step == 0 or self.cause:
             return
+        behind = state.is_world_process_zero and math.isfinite(value) and self._is_behind(value, step, state.max_steps)
+        if over_ranks(float(behind), largest=True):  # none may go on alone
+            self.cause = (
+                f"{self.objective} {value:.4g} at step {step} of {state.max_steps} is behind that of other trials"
+            )
+            control.should_training_stop = True
+
+    def _is_behind(self, value: float, step: int, last: int) -> bool:
+        """Report a value, and ask the pruner."""
         import optuna
 
         storage = self.study._storage
         storage.set_trial_intermediate_value(self.trial._trial_id, step, value)
         trial = storage.get_trial(self.trial._trial_id)
-        pruner = make_pruner(self.pruner, first=min(trial.intermediate_values), last=state.max_steps)
-        if (
-            step < state.max_steps
-            and trial.state == optuna.trial.TrialState.RUNNING
-            and pruner.prune(self.study, trial)
-        ):
-            self.cause = (
-                f"{self.objective} {value:.4g} at step {step} of {state.max_steps} is behind that of other trials"
-            )
-            control.should_training_stop = True
+        pruner = make_pruner(self.pruner, first=min(trial.intermediate_values), last=last)
+        return step < last and trial.state == optuna.trial.TrialState.RUNNING and pruner.prune(self.study, trial)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Do not log, evaluate or save what was broken off."""

@@ -17,6 +17,7 @@ from runner.safety import RUN_CODE, as_typed, find_dangers
 # Keys that cannot change what is learnt: how often something is said or kept, and to whom.
 HARMLESS = {
     *("output_dir", "max_seconds", "allow_code", "check_expected", "probe"),
+    *("launch.node_rank", "launch.rendezvous", "launch.start_timeout"),
     *(f"trainer.{key}" for key in ("logging_steps", "save_total_limit", "report_to", "run_name", "disable_tqdm")),
     *(f"trainer.{key}" for key in ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy")),
     *(f"trainer.{key}" for key in ("log_level", "dataloader_num_workers")),
@@ -65,6 +66,8 @@ def prepare(run_dir: Path, typed: dict[str, Any], *, allow_changes: bool, config
     _refuse_code(run_dir, after, typed)
     changed, new = changes(before, after), flat(after)
     harmless = HARMLESS | (set() if new.get("trainer.load_best_model_at_end") else UNCHOSEN)
+    if new.get("global_batch_size") and "global_batch_size" not in changed:
+        harmless |= {"launch.processes", "launch.nodes"}  # which then share the same steps
     constant = new.get("trainer.lr_scheduler_type") == "constant"  # the others also warm up by a share of the steps
     told = {key: pair for key, pair in changed.items() if key not in harmless and not _longer(key, pair, constant)}
     if told and not allow_changes:

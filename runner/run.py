@@ -34,7 +34,7 @@ from runner import (
     views,
 )
 from runner.config import given, trainer_name
-from runner.errors import ConfigError, RunPreempted, RunStopped
+from runner.errors import ConfigError, RunPreempted, RunPruned, RunStopped
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +71,12 @@ def run(run_dir: Path) -> dict[str, float]:
         scoring = trainers.load_rewards(config, columns=columns, online=online)
         arguments, chosen = trainers.build_arguments(
             config["trainer"], run_dir, evaluates=rows.eval is not None, resumed=resumed is not None,
-            global_batch_size=config.get("global_batch_size"),
+            global_batch_size=config.get("global_batch_size"), launch=config.get("launch"),
         )  # fmt: skip
         trainers.refuse(arguments, prompts=len(rows.train), adapted=bool(config["peft"]))
         facts = {"chosen": chosen, "untrained_rewards": scoring.untrained}
         facts |= foresee(config, name, loaded, audit, arguments, tokenizer)
-        manifest.update(run_dir, **facts, hardware=hardware.describe())
+        manifest.update(run_dir, **facts, processes=arguments.world_size, hardware=hardware.describe())
 
         model, adapter = trainers.load_model(name, tokenizer, config, arguments)
         train, held_out = prepared.choose_rows(rows, arguments, trainer=name)
@@ -90,7 +90,7 @@ def run(run_dir: Path) -> dict[str, float]:
         checkpoints.Checkpoints(trainer, run_dir, keep=config["trainer"].get("save_total_limit"), resumed=resumed)
         with pruning.reporting(trainer, run_dir):
             metrics = trainers.train(trainer, stopping, run_dir, resumed=resumed)
-        trainer.save_model(str(run_dir / "model"), _internal_call=True)  # publish uploads it
+        trainers.save(trainer, run_dir / "model")
         metrics |= trainers.evaluate(trainer)
         facts = {"metrics": metrics, "speed": trainers.speed(trainer, metrics)}
         manifest.update(run_dir, **facts, result_sha256=models.digest_weights(run_dir / "model"))
@@ -111,6 +111,7 @@ def foresee(
     try:
         counted = foresight.count_models(config, tokenizer=tokenizer, **about)
         answered = {"samples": config["samples"], "held_out": len(loaded.held_out)}
+        answered["launch"] = config.get("launch") or {}
         facts["memory"], _ = foresight.foresee_memory(counted, **answered, **about)
     except Exception as error:  # noqa: BLE001  what cannot be foreseen may still be done
         logger.warning("The memory cannot be foreseen: %s", error)
@@ -145,6 +146,8 @@ def main() -> None:
         run(run_dir)
     except RunPreempted as error:
         code = error.code
+    except RunPruned as error:
+        logger.info("%s", error)
     except (ConfigError, RunStopped) as error:
         logger.error("%s", error)
         code = console.exit_code(error)

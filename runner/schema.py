@@ -70,10 +70,15 @@ class Samples:
 
 @dataclass
 class Launch:
-    """Keys of the ``launch`` group: how many processes."""
+    """Keys of the ``launch`` group: how many processes; ``fsdp`` and ``deepspeed`` hold accelerate's own fields."""
 
     processes: int | Literal["auto"] = 1
+    nodes: int | Literal["auto"] = 1
+    node_rank: int = 0
+    rendezvous: str | None = None
     start_timeout: int = 600
+    fsdp: dict[str, Any] | None = None
+    deepspeed: dict[str, Any] | None = None
 
 
 @dataclass
@@ -259,7 +264,7 @@ def _imported_file(path: Path, node: ast.ImportFrom) -> Path | None:
     parts = node.module.split(".") if node.module else []
     if node.level:
         return _module_file(path.parents[node.level - 1].joinpath(*parts))
-    spec = find_spec(parts[0]) if parts[0] in {"trl", "transformers", "peft", "runner"} else None
+    spec = find_spec(parts[0]) if parts[0] in {"trl", "transformers", "peft", "accelerate", "runner"} else None
     if spec is None or not spec.submodule_search_locations:
         return None
     return _module_file(Path(spec.submodule_search_locations[0]).joinpath(*parts[1:]))
@@ -319,6 +324,11 @@ class _Reader(ast.NodeTransformer):
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
         return ast.copy_location(ast.Name("Any", ast.Load()), node)
 
+    def visit_Tuple(self, node: ast.Tuple) -> ast.expr:
+        # accelerate names torch's classes in quotes, as a config cannot: an object of theirs is no value of ours
+        kept = [m for m in node.elts if not (isinstance(m, ast.Constant) and isinstance(m.value, str))]
+        return ast.Tuple([self.visit(m) for m in kept] or [self.visit(ast.Name("Any", ast.Load()))], ast.Load())
+
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
         if ast.unparse(node.value) == "Literal":
             # peft writes patterns among the values, such as 'pissa_niter_[number of iters]'
@@ -350,6 +360,8 @@ def _read_type(annotation: ast.expr | None, path: Path) -> tuple[Any, str]:
     for name, known in reader.names.items():
         if _is_literal(known) and name in text:
             text = " | ".join(str(v) for v in known.__args__) + (" | None" if "None" in text else "")
+    if "'torch." in text:
+        text = value.__name__ if isinstance(value, type) else str(value).replace("typing.", "")
     return value, text
 
 

@@ -101,6 +101,7 @@ def measure(model: Any, *, sequences: int, length: int, quantization: dict[str, 
         vocabulary=config.vocab_size,
         head=output.weight.numel() if output is not None and output.weight.requires_grad else 0,
         context=getattr(config, "max_position_embeddings", None) or 0,
+        unit=max(weights / layers, base.get_input_embeddings().weight.nbytes),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from runner import adapters, callbacks, checkpoints, evaluation, hardware, lm_head, models, prepared, rewards
+from runner import adapters, callbacks, checkpoints, engines, evaluation, hardware, lm_head, models, prepared, rewards
 from runner.config import accumulation, build, given, trainer_name
 from runner.errors import ConfigError, RunPreempted, RunStopped
 
@@ -27,6 +27,8 @@ def build_arguments(
     evaluates: bool,
     resumed: bool = False,
     global_batch_size: int | None = None,
+    launch: dict[str, Any] | None = None,
+    planned: int | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Build a trainer's arguments; what the config leaves open is chosen for the hardware.
 
@@ -36,6 +38,8 @@ def build_arguments(
         evaluates: Whether there are held-out rows.
         resumed: Whether training goes on from a checkpoint.
         global_batch_size: Sequences of an optimizer step, over all processes; None: what the config's numbers make.
+        launch: The config's ``launch``.
+        planned: Processes to count with where none of them runs; the arguments then serve to plan only.
 
     Returns:
         The arguments, and the fields that were chosen here.
@@ -44,7 +48,7 @@ def build_arguments(
         ConfigError: The trainer's config class refuses its values.
     """
     chosen: dict[str, Any] = dict(hardware.trainer_defaults(node))
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = planned or int(os.environ.get("WORLD_SIZE", "1"))
     if global_batch_size:
         steps = accumulation(global_batch_size, node, processes)
         if steps is None:
@@ -53,7 +57,21 @@ def build_arguments(
                 f"trainer.per_device_train_batch_size={node.get('per_device_train_batch_size', 8)}: choose another."
             )
         chosen["gradient_accumulation_steps"] = steps
-    fixed = {
+    fixed = _fixed_fields(node, run_dir, evaluates=evaluates, resumed=resumed)
+    if not TENSORBOARD_DIR:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir / "tensorboard")
+    if planned and planned > 1:
+        return build(node, **chosen, **fixed, class_fields={"world_size": planned}), chosen
+    arguments = build(node, **{**chosen, **fixed, **engines.fields(launch or {})})
+    engines.tell(arguments, launch or {})
+    if arguments.world_size != processes:
+        raise ConfigError(f"{processes} processes were started and {arguments.world_size} would train together.")
+    return arguments, chosen
+
+
+def _fixed_fields(node: dict[str, Any], run_dir: Path, *, evaluates: bool, resumed: bool) -> dict[str, Any]:
+    """Return the fields that a run directory asks for, whatever the config says."""
+    fixed: dict[str, Any] = {
         "output_dir": str(run_dir / "checkpoints"),
         "disable_tqdm": node.get("disable_tqdm", True),  # one plain line per log instead of a bar
         "logging_nan_inf_filter": node.get("logging_nan_inf_filter", False),  # a guard must see what is not finite
@@ -70,12 +88,7 @@ def build_arguments(
     if not evaluates:
         logger.info("There are no held-out rows: nothing is evaluated")
         fixed |= {"eval_strategy": "no", "eval_on_start": False}
-    if not TENSORBOARD_DIR:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir / "tensorboard")
-    arguments = build(node, **chosen, **fixed)
-    if arguments.world_size != processes:
-        raise ConfigError(f"{processes} processes were started and {arguments.world_size} would train together.")
-    return arguments, chosen
+    return fixed
 
 
 def refuse(arguments: Any, **found: Any) -> None:
@@ -167,6 +180,7 @@ def build_trainer(
         )
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"{cls.__name__} refuses this config: {error}") from error
+    engines.verify(trainer, config.get("launch") or {})
     if adapter or arguments.fp16:
         adapters.keep_float32(trainer.model)
     trainer.remove_callback(PrinterCallback)  # Progress says it in one line
@@ -316,6 +330,13 @@ def train(trainer: Any, stopping: Any, run_dir: Path, *, resumed: Path | None) -
     return {key: logged.get(key, value) for key, value in result.metrics.items()}
 
 
+def save(trainer: Any, folder: Path) -> None:
+    """Write the result, whole also where the checkpoints of a split model are in parts."""
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(folder), _internal_call=True)  # publish uploads it
+
+
 def speed(trainer: Any, metrics: dict[str, float]) -> dict[str, float | None]:
     """Return the seconds of an optimizer step and the tokens in a second; None where they were not counted.
 
@@ -377,7 +398,8 @@ def _quantization(config: Any) -> dict[str, Any] | None:
 def _size(parameter: Any) -> int:
     """Count a parameter's numbers; 4-bit weights are packed in pairs or more."""
     packed = type(parameter).__name__ == "Params4bit"
-    return parameter.numel() * (2 * parameter.element_size() if packed else 1)
+    whole = getattr(parameter, "ds_numel", None) or parameter.numel()  # DeepSpeed leaves the first of its ranks a part
+    return whole * (2 * parameter.element_size() if packed else 1)
 
 
 def push(trainer: Any, run_dir: Path) -> None:

@@ -220,6 +220,36 @@ def test_steps_and_tokens_are_counted(base, tmp_path):
     assert (plan.tokens_per_step, plan.tokens) == (32, 192)
 
 
+@pytest.mark.parametrize(
+    "launch",
+    [
+        ["launch=fsdp2", "launch.processes=8"],
+        ["launch=ddp", "launch.processes=2", "launch.nodes=4", "launch.rendezvous=a:1"],
+    ],
+)
+def test_a_plan_counts_the_processes_and_what_each_holds(launch, base, tmp_path):
+    # 64 rows, in steps of 4 rows x 8 processes: 2 steps; FSDP2 gives each an eighth of the optimizer's states
+    words = [*base, *write_rows(tmp_path / "rows", [PLAIN] * 64), "trainer.num_train_epochs=1"]
+    words += ["trainer.per_device_train_batch_size=4", "peft=none"]
+    alone, done = check(words), check([*words, *launch])
+    assert (alone.plan.steps, done.plan.steps, done.plan.sequences, done.processes) == (16, 2, 32, 8)
+    one, part = alone.facts["memory"], done.facts["memory"]
+    parts = 8 if "launch=fsdp2" in launch else 1
+    assert part["optimizer"] == pytest.approx(one["optimizer"] / parts, abs=1)
+    assert part["gradients"] == pytest.approx(one["gradients"] / parts, abs=1)
+    assert part["activations"] == one["activations"]
+    assert ("cannot run on a CPU" in str(done.found)) == (parts == 8)
+    assert not done.failed  # another machine may have what this one lacks
+
+
+def test_a_plan_of_several_processes_keeps_the_global_batch(base, tmp_path):
+    words = [*base, *write_rows(tmp_path / "rows", [{"prompt": "1 + 1 =", "answer": "2"}] * 64), "trainer=grpo"]
+    words += ["trainer.num_generations=2", "trainer.per_device_train_batch_size=4", "launch=ddp", "launch.processes=4"]
+    done = check([*words, "global_batch_size=32"])
+    assert (done.plan.sequences, done.arguments.gradient_accumulation_steps) == (32, 2)
+    assert done.arguments.generation_batch_size == 4 * 4 * 2
+
+
 def test_a_whole_check_is_written_as_json(base, tmp_path, capsys):
     words = write_rows(tmp_path / "rows", [PLAIN], [{"prompt": "in", "completion": "z"}])
     check([*base, *words, f"check.json={tmp_path / 'check.json'}"])

@@ -26,7 +26,7 @@ def test_every_recipe_is_valid_as_written_and_as_composed(recipe, validator):
     assert faults(validator, compose.compose([f"experiment={recipe}"]).config) == []
 
 
-@pytest.mark.parametrize("group", ["trainer", "model", "dataset", "peft", "reward", "samples"])
+@pytest.mark.parametrize("group", ["trainer", "model", "dataset", "peft", "reward", "samples", "launch"])
 def test_a_misspelt_key_is_refused(group, validator):
     config = compose.compose(["trainer=dpo"]).config
     config[group]["learning_rat"] = 1

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from runner.estimate import CONTEXT, PROCESS, Model, Work, checkpoint_bytes, estimate_memory, nearest_fit
+from runner.estimate import CONTEXT, PROCESS, Model, Shares, Work, checkpoint_bytes, estimate_memory, nearest_fit
 from runner.tokens import pack
 
 # 1,000 numbers, all trained, in float32: 4,000 bytes, as many of gradients, 8,000 of Adam
@@ -33,6 +33,17 @@ def test_loading_is_a_moment_of_its_own():
     # weights of 4,000 bytes and the file of 50,000 that they come from: more than the 29,600 of a step
     assert estimate_memory(replace(MODEL, loading=50_000), WORK)["peak"] == PROCESS + 4000 + 50_000
     assert estimate_memory(replace(MODEL, loading=100), WORK) == estimate_memory(MODEL, WORK)
+
+
+def test_a_split_model_takes_its_part_and_what_is_gathered_to_compute():
+    # of 4: 1000 of weights and twice the largest unit of 300, 1000 of gradients, 2000 of Adam; activations whole
+    model, quarter = replace(MODEL, unit=300), Shares(0.25, 0.25, 0.25, gathers=True)
+    parts = estimate_memory(model, replace(WORK, shares=quarter))
+    assert [parts[name] for name in ("weights", "gradients", "optimizer")] == [1600, 1000, 2000]
+    assert [parts[name] for name in ("activations", "logits")] == [4000, 12_800]
+    assert parts["peak"] == PROCESS + 1600 + 2000 + 4000 + 12_800 + 4 * 200 // 4
+    whole = estimate_memory(model, replace(WORK, shares=quarter._replace(resharded=False)))
+    assert whole["weights"] == 1000 + 4000  # gathered until the backward pass has read them
 
 
 def test_sampling_can_be_the_worst_moment():

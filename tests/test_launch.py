@@ -1,11 +1,15 @@
 """Several real processes for one run, over gloo."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import test_resume
@@ -14,8 +18,9 @@ from safetensors.torch import load_file
 from test_resume import logged, wait_for
 from test_run import SMALL, extras, losses, start
 
-from runner import checkpoints, compose, launch, manifest
+from runner import checkpoints, compose, launch, manifest, resume
 from runner.errors import ConfigError, RunStopped
+from runner.run import run
 
 pytestmark = pytest.mark.slow
 TWO = ["launch=ddp", "launch.processes=2"]
@@ -38,16 +43,39 @@ def spawn(tmp_path, *words):
     return test_resume.spawn(tmp_path, *SMALL, *STEPS, *words, f"output_dir={tmp_path / 'run'}")
 
 
+# Draws that do not depend on which process draws: of a group's two answers one gets the likeliest token, one the next.
+DRAWS = """
+import sys
+def patch(torch):
+    def draw(likely, num_samples, **options):
+        return likely.topk(2).indices.gather(1, (torch.arange(len(likely)) % 2).unsqueeze(1))
+    torch.multinomial = draw
+"""
+
+
+def draw_alike(tmp_path, monkeypatch):
+    """Let this process and the ranks that it starts sample by rank order, as DRAWS says."""
+    hook = "import os\nif 'RANK' in os.environ:\n    import runner, torch\n    patch(torch)\n"
+    (tmp_path / "sitecustomize.py").write_text(DRAWS + hook)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr(torch, "multinomial", torch.multinomial)
+    exec(DRAWS + "patch(torch)", {"torch": torch})
+
+
 @pytest.mark.parametrize("trainer", ["sft", "dpo", "grpo", "reward", "ppo"])
-def test_two_processes_train_as_one_does_on_the_same_global_batch(trainer, llama_dir, tmp_path):
+def test_two_processes_train_as_one_does_on_the_same_global_batch(trainer, llama_dir, tmp_path, monkeypatch):
     options = [f"trainer={trainer}", f"model.name_or_path={llama_dir}", "global_batch_size=4", *extras(trainer)]
-    options += ["trainer.generation_kwargs={do_sample: false}"] if trainer == "grpo" else []
+    if trainer == "grpo":
+        draw_alike(tmp_path, monkeypatch)
     one, _ = start(tmp_path, *STEPS, *options, "trainer.per_device_train_batch_size=4", name="one")
     two, node = begin(tmp_path, *options, *TWO, name="two")
     metrics = launch.launch(two, node)
     assert manifest.read(two)["metrics"] == metrics
     assert losses(two) == pytest.approx(losses(one), abs=1e-4)
     assert len(losses(two)) == 4
+    norms = [[line["grad_norm"] for line in logged(run_dir) if "grad_norm" in line] for run_dir in (one, two)]
+    assert norms[1] == pytest.approx(norms[0], abs=1e-3)
+    assert max(norms[1]) > 0.01
     a, b = (load_file(run_dir / "model" / "adapter_model.safetensors") for run_dir in (one, two))
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=2e-3, rtol=0)
@@ -81,7 +109,7 @@ def test_a_rank_that_raises_ends_all_and_is_named(llama_dir, tmp_path, monkeypat
 
 
 def test_a_rank_that_is_killed_ends_all_within_seconds_and_the_run_goes_on_where_it_was(llama_dir, tmp_path):
-    options = [f"model.name_or_path={llama_dir}", *TWO, "trainer.max_steps=40"]
+    options = [f"model.name_or_path={llama_dir}", *TWO, "global_batch_size=4", "trainer.max_steps=40"]
     options += ["trainer.save_strategy=steps", "trainer.save_steps=5"]
     whole, node = begin(tmp_path, *options, name="whole")
     launch.launch(whole, node)
@@ -94,12 +122,33 @@ def test_a_rank_that_is_killed_ends_all_within_seconds_and_the_run_goes_on_where
     assert time.monotonic() - start < 30
     assert process.returncode == 1
     assert manifest.read(run_dir)["cause"] == "rank 1 was killed by SIGKILL"
-    from runner import resume
-
+    alone = Path(shutil.copytree(run_dir, tmp_path / "alone"))
     assert resume.prepare(run_dir, {}, allow_changes=False)
     launch.launch(run_dir, node)
     assert logged(run_dir) == logged(whole)
     assert manifest.read(run_dir)["result_sha256"] == manifest.read(whole)["result_sha256"]
+
+    assert resume.prepare(alone, {"launch.processes": 1}, allow_changes=False)  # the steps are the same
+    run(alone)
+    record = manifest.read(alone)
+    assert (record["processes"], record["resumes"][-1]["processes"]) == (1, [2, 1])
+    a, b = (load_file(one / "model" / "adapter_model.safetensors") for one in (whole, alone))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-3, rtol=0)
+
+
+def test_a_step_keeps_its_rows_when_a_run_goes_on_with_another_number_of_processes(llama_dir, tmp_path):
+    options = [f"model.name_or_path={llama_dir}", "trainer.save_strategy=steps", "trainer.save_steps=2"]
+    run_dir, _ = start(tmp_path, *options, "trainer.max_steps=2", "launch=ddp", "launch.processes=1")
+    manifest.update(run_dir, status="failed")
+    with pytest.raises(ConfigError, match=r"cannot be resumed with launch.processes from 1 to 2"):
+        resume.prepare(run_dir, {"launch.processes": 2}, allow_changes=False)
+    state = run_dir / "checkpoints" / "checkpoint-2" / "runner_state.pt"
+    saved = torch.load(state, weights_only=True) | {"processes": 2, "rows": 8}  # as on a machine of two devices
+    torch.save(saved, state)
+    checkpoints.seal(state.parent, {})
+    with pytest.raises(ConfigError, match=r"with 8 rows a step instead of 4. Type global_batch_size=8"):
+        run(run_dir)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -118,6 +167,18 @@ def test_a_signal_to_the_parent_lets_all_ranks_end_at_one_step_with_one_checkpoi
     assert (folder / "runner_state_1.pt").exists()
 
 
+def test_a_signal_before_the_ranks_begin_is_no_failure(llama_dir, tmp_path):
+    process = spawn(tmp_path, f"model.name_or_path={llama_dir}", *TWO)
+    while not (tmp_path / "run" / "ranks" / "agent.log").exists():
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.terminate()
+    said = process.communicate()[0]
+    assert process.returncode == 143, said
+    assert manifest.read(tmp_path / "run")["status"] == "preempted"
+    assert manifest.read(tmp_path / "run")["cause"] == "stopped by SIGTERM"
+
+
 def test_a_rank_that_does_not_begin_in_time_ends_the_run(llama_dir, tmp_path, monkeypatch):
     (tmp_path / "late.py").write_text(
         "import os, time\n"
@@ -132,20 +193,130 @@ def test_a_rank_that_does_not_begin_in_time_ends_the_run(llama_dir, tmp_path, mo
         launch.launch(run_dir, node)
 
 
-def test_ranks_that_somebody_else_starts_share_one_directory(llama_dir, tmp_path):
-    words = [*SMALL, *STEPS, f"model.name_or_path={llama_dir}"]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "runner",
-        *words,
+# accelerate 1.15 shards on devices only. FSDP2 itself runs over gloo: here the ranks take two CPUs for two devices.
+DEVICES = """
+import os
+from runner import engines
+engines.find_missing = lambda *args, **options: []
+if "RANK" in os.environ:
+    import accelerate.state as state
+    begin = state.PartialState.__init__
+    def init(self, *args, **options):
+        begin(self, *args, **options)
+        if self.distributed_type == state.DistributedType.MULTI_CPU:
+            self.distributed_type = state.DistributedType.MULTI_XPU
+    state.PartialState.__init__ = init
+"""
+
+
+def test_two_machines_share_a_run_whose_model_is_split(llama_dir, tmp_path, monkeypatch):
+    one, _ = start(
+        tmp_path, *STEPS, f"model.name_or_path={llama_dir}", "trainer.per_device_train_batch_size=4", name="one"
+    )
+    (tmp_path / "sitecustomize.py").write_text(DEVICES)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    words = [f"model.name_or_path={llama_dir}", "launch=fsdp2", "launch.processes=1", "launch.nodes=2"]
+    words += [f"launch.rendezvous=127.0.0.1:{free_ports()}", "trainer.save_strategy=steps", "trainer.save_steps=2"]
+    machines = [spawn(tmp_path, *words, f"launch.node_rank={rank}") for rank in (1, 0)]
+    said = [machine.communicate()[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    two = tmp_path / "run"
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
+    record = manifest.read(two)
+    assert (record["status"], record["processes"]) == ("completed", 2)
+    assert (two / "checkpoints" / "checkpoint-4" / "pytorch_model_fsdp.bin").exists()
+    a, b = (load_file(run_dir / "model" / "adapter_model.safetensors") for run_dir in (one, two))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-3, rtol=0)
+
+
+def free_ports():
+    """Return a port that is free, and the next one, too."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            with contextlib.suppress(OSError):
+                second.bind(("127.0.0.1", port + 1))
+                return port
+
+
+SLURM = {"SLURM_JOB_ID": "123456", "SLURM_STEP_NODELIST": "node[07-08,11],gpu3", "SLURM_LOCALID": "1",
+         "SLURM_STEP_TASKS_PER_NODE": "2(x4)"}  # fmt: skip
+
+
+def in_slurm(monkeypatch, **variables):
+    for name, value in {**SLURM, **{f"SLURM_{name}": str(value) for name, value in variables.items()}}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_machines_are_told_by_slurm(monkeypatch):
+    node = {"processes": 8, "nodes": "auto"}
+    assert launch.place(node) == launch.Place()  # without it
+    in_slurm(monkeypatch, STEP_NUM_NODES=4, STEP_NUM_TASKS=4, NODEID=2)
+    assert launch.place(node) == launch.Place(4, 2, "node07", 20_000 + 2 * 3456)
+    assert launch.world(node) == 32
+    launch.adopt_tasks(node)
+    assert "WORLD_SIZE" not in os.environ
+    in_slurm(monkeypatch, STEP_NUM_NODES=4, STEP_NUM_TASKS=8, NODEID=2)
+    with pytest.raises(ConfigError, match="--ntasks-per-node=1"):
+        launch.place(node)
+
+
+def test_tasks_of_slurm_are_ranks_of_one_run(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that they are as before afterwards
+        monkeypatch.delenv(name)
+    launch.adopt_tasks({"processes": 1})
+    assert not launch.is_led()
+    in_slurm(monkeypatch, STEP_NUM_NODES=4, STEP_NUM_TASKS=8, PROCID=5)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # srun --gpus-per-task=1: the only one that this task sees
+    launch.adopt_tasks({"processes": 1})
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("5", "8", "0")
+    assert (os.environ["MASTER_ADDR"], os.environ["LOCAL_WORLD_SIZE"]) == ("node07", "2")
+    assert launch.is_led()
+
+
+def test_processes_that_accelerate_loses_are_refused(tmp_path):
+    command = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "runner", "trainer.max_steps=1"]
+    done = subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "accelerate launch was asked for several processes and has started one" in done.stderr
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_no_rank_is_left_behind_when_the_parent_is_killed(tmp_path):
+    (tmp_path / "ranks").mkdir()
+    rank = "import sys, time; from pathlib import Path; from runner import launch\n"
+    (tmp_path / "rank.py").write_text(rank + "launch.register(Path(sys.argv[1])); time.sleep(1000)\n")
+    agent = [sys.executable, "-m", "runner.launch", "--standalone", "--nproc-per-node=2", str(tmp_path / "rank.py")]
+    parent = f"import os, subprocess; os.environ[{launch.INSIDE!r}] = str(os.getpid());"
+    parent += f"subprocess.run({[*agent, str(tmp_path)]})"
+    process = subprocess.Popen([sys.executable, "-c", parent], stderr=subprocess.DEVNULL)
+    while len(found := list((tmp_path / "ranks").glob("*.pid"))) < 2:
+        time.sleep(0.1)
+    process.kill()
+    time.sleep(2)
+    for path in found:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text()), 0)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_ranks_that_somebody_else_starts_share_one_directory(launcher, llama_dir, tmp_path):
+    words = ["-m", "runner", *SMALL, *STEPS, f"model.name_or_path={llama_dir}"]
+    started = [["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]]
+    told = [{}]
+    if launcher == "srun":  # which starts each task with nothing but these variables
+        job = {**SLURM, "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "127.0.0.1"}
+        job |= {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
+        told = [job | {"SLURM_PROCID": task, "SLURM_LOCALID": task} for task in "10"]
+        started = [words, words]
+    running = [
+        subprocess.Popen([sys.executable, *command], cwd=tmp_path, env={**os.environ, **variables})
+        for command, variables in zip(started, told, strict=True)
     ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert not any([process.wait() for process in running])  # noqa: C419  all are waited for
     (found,) = (tmp_path / "outputs").glob("*/*/manifest.json")
-    assert json.loads(found.read_text())["status"] == "completed"
+    record = json.loads(found.read_text())
+    assert (record["status"], record["processes"]) == ("completed", 2)
     assert len(losses(found.parent)) == 4

@@ -8,12 +8,13 @@ from typing import get_args
 
 import pytest
 
-from runner import schema
+from runner import engines, schema
 from runner.config import CONF
 from runner.errors import ConfigError
 
 TARGETS = sorted(
-    {
+    set(engines.PLUGINS.values())
+    | {
         match[1]
         for path in CONF.glob("*/*.yaml")
         if (match := re.search(r"^_target_: (\S+)", path.read_text(), re.MULTILINE))
