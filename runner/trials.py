@@ -19,7 +19,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from runner import hardware, lean, manifest, remote
+import yaml
+
+from runner import hardware, launch, lean, manifest, remote
 from runner.errors import ConfigError
 
 PRELOAD = ["runner.__main__", "runner.run", "runner.freeze", "trl", "peft", "datasets", "optuna", "pydantic",
@@ -244,6 +246,7 @@ def work(job: Job, leader: Any = None) -> None:
             write_run(run_dir, job.config, job.choices, job.overrides, typed)
         if job.launcher:
             remote.lead(run_dir, list(job.launcher), job.config_dir)
+        _take_place(run_dir)
         _prepare_torch(job)
         code = go_on(run_dir, terminal=False)
     except ConfigError as error:
@@ -252,6 +255,15 @@ def work(job: Job, leader: Any = None) -> None:
         logging.getLogger("runner").exception("The run failed")
         code = 1
     sys.exit(code)
+
+
+def _take_place(run_dir: Path) -> None:
+    """Be one of a trial's machines, or of its ranks, where its Slurm step has several tasks."""
+    node = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))["launch"]
+    launch.adopt_tasks(node)
+    if rank := launch.place(node).rank:
+        os.environ["RANK"] = str(rank)  # only the first writes the manifest
+        launch.meet(node, None)
 
 
 def _prepare_torch(job: Job) -> None:

@@ -25,7 +25,7 @@ IMPORTS = {
     "preemption": {"callbacks", "errors", "launch", "manifest"},
     "search": {"compose", "config", "errors", "journal", "lean", "redaction", "remote", "resume", "safety", "schema"},
     "sweep": {"compose", "errors", "journal", "leaderboard", "manifest", "remote", "search", "trials"},
-    "trials": {"__main__", "errors", "hardware", "lean", "manifest", "remote"},
+    "trials": {"__main__", "errors", "hardware", "launch", "lean", "manifest", "remote"},
     "remote": {"config", "errors"},
     "leaderboard": {"disk", "errors", "freeze", "manifest", "report"},
     "pruning": {"callbacks", "errors", "journal", "manifest"},
