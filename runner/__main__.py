@@ -10,7 +10,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from runner import compose, console, resume
+from runner import compose, console, lean, resume
 from runner.config import CONF, find_faults
 from runner.errors import ConfigError, RunPreempted, RunPruned, RunStopped
 from runner.redaction import Scrubbing, scrub
@@ -77,7 +77,7 @@ def refuse_secrets(*written: Any) -> None:
 
 def start(run_dir: Path) -> float | None:
     """Run one directory in this process, or in several, and compare its metrics with what its recipe expects."""
-    from runner import freeze, launch, lean, manifest
+    from runner import freeze, launch, manifest
 
     config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
     lean.begin(lean.left_out(config))
@@ -116,6 +116,7 @@ def main() -> None:
     except ConfigError as error:
         sys.stderr.write(f"runner: {error}\n")
         sys.exit(2)
+    lean.settle()
     task()
 
 
