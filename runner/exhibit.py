@@ -66,7 +66,7 @@ def check_view(done: Check) -> dict[str, Any]:
     size = done.config.get("global_batch_size")
     where = done.composed.run_dir
     done.arguments, _ = trainers.build_arguments(
-        done.config["trainer"], where, evaluates=evaluates, global_batch_size=size
+        done.config["trainer"], where, evaluates=evaluates, global_batch_size=size, rows=len(done.rows.train)
     )
     examples = done.audit["train"]["examples"]
     learns = preview.learns(done.trainer, done.reads, done.read[0], done.arguments)

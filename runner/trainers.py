@@ -11,7 +11,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from runner import adapters, callbacks, checkpoints, evaluation, hardware, lm_head, models, prepared, rewards
+from runner import adapters, callbacks, checkpoints, evaluation, hardware, lm_head, models, prepared, reference, rewards
+from runner.batching import refuse_leaks
 from runner.config import accumulation, build, given, trainer_name
 from runner.errors import ConfigError, RunPreempted, RunStopped
 
@@ -27,6 +28,7 @@ def build_arguments(
     evaluates: bool,
     resumed: bool = False,
     global_batch_size: int | None = None,
+    rows: int | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Build a trainer's arguments; what the config leaves open is chosen for the hardware.
 
@@ -36,6 +38,7 @@ def build_arguments(
         evaluates: Whether there are held-out rows.
         resumed: Whether training goes on from a checkpoint.
         global_batch_size: Sequences of an optimizer step, over all processes; None: what the config's numbers make.
+        rows: To train on; with them reference log-probabilities are computed in advance where that pays.
 
     Returns:
         The arguments, and the fields that were chosen here.
@@ -75,7 +78,7 @@ def build_arguments(
     arguments = build(node, **chosen, **fixed)
     if arguments.world_size != processes:
         raise ConfigError(f"{processes} processes were started and {arguments.world_size} would train together.")
-    return arguments, chosen
+    return arguments, chosen | reference.choose(arguments, node, rows=rows, run_dir=run_dir)
 
 
 def refuse(arguments: Any, **found: Any) -> None:
@@ -167,6 +170,7 @@ def build_trainer(
         )
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"{cls.__name__} refuses this config: {error}") from error
+    refuse_leaks(trainer)
     if adapter or arguments.fp16:
         adapters.keep_float32(trainer.model)
     trainer.remove_callback(PrinterCallback)  # Progress says it in one line
