@@ -1,10 +1,15 @@
 """Post-train a language model from a config."""
 
+import gc
 import logging
 import os
+import sys
 
 # When it is imported, bitsandbytes asks for a kernel without a backward pass, whether anything is quantized or not.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+if sys.argv[:1] == ["-m"]:  # a command of ours: what it imports stays, and most commands end soon; see runner.lean
+    gc.disable()
 
 if "RUNNER_LEAVE_OUT" in os.environ:  # this process is for runs
     from runner import lean

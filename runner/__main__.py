@@ -10,7 +10,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from runner import compose, console, resume
+from runner import compose, console, lean, resume
 from runner.config import CONF, find_faults
 from runner.errors import ConfigError, RunPreempted, RunPruned, RunStopped
 from runner.redaction import Scrubbing, scrub
@@ -82,7 +82,7 @@ def start(run_dir: Path, here: dict[str, Any] | None = None) -> float | None:
         run_dir: The run's directory.
         here: What the config's ``launch`` is on this machine; None: what the directory says.
     """
-    from runner import freeze, launch, lean, manifest
+    from runner import freeze, launch, manifest
 
     config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
     config["launch"] = here or config.get("launch") or {}
@@ -123,6 +123,7 @@ def main() -> None:
     except (ConfigError, RunStopped) as error:
         sys.stderr.write(f"runner: {error}\n")
         sys.exit(console.exit_code(error))
+    lean.settle()
     task()
 
 

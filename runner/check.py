@@ -83,6 +83,7 @@ def check(words: Sequence[str]) -> Check:
         lean.begin(lean.left_out(composed.config))
         from runner import exhibit, prospect  # and with them torch
 
+        lean.settle()
         run_section(done, "Data", exhibit.check_data)
         run_section(done, "View", exhibit.check_view)
         run_section(done, "Model", prospect.check_model)

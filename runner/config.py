@@ -187,6 +187,9 @@ IDLE: list[tuple[str, Callable[[dict[str, Any], dict[str, Any]], bool], str]] = 
      "a reward model writes no answers"),
     ("trainer.hub_model_id trainer.hub_strategy trainer.hub_revision",
      lambda t, c: not t.get("push_to_hub"), "trainer.push_to_hub is not set"),
+    ("trainer.train_sampling_strategy", lambda t, c: views.row_kind(trainer_name(t["_target_"])) == "prompt",
+     "this trainer has an order of its own"),
+    ("trainer.train_sampling_strategy", lambda t, c: bool(t.get("packing")), "packed rows have one length"),
     ("trainer.packing_strategy", lambda t, c: not t.get("packing"), "trainer.packing is not set"),
     ("trainer.gradient_checkpointing_kwargs", lambda t, c: t.get("gradient_checkpointing") is False,
      "trainer.gradient_checkpointing is false"),
@@ -359,17 +362,24 @@ def _leaves(config: dict[str, Any], groups: set[str], known: dict[str, schema.Fi
 
 def _value_faults(path: str, value: Any, field: schema.Field) -> list[str]:
     """Check one value against its field's type; upstream's ``float`` also takes a whole number."""
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     if value == "???":
         return [f"{path} must be given ({field.text}): type {path}=..."]
     strict = "tuple" not in field.text and "set[" not in field.text
     try:
-        TypeAdapter(field.type, config=ConfigDict(strict=strict, arbitrary_types_allowed=True)).validate_python(value)
+        _adapter(field.type, strict).validate_python(value)
     except ValidationError:
         hint = f"""; quote it: {path}="'{value}'" """.rstrip() if "str" in field.text and isinstance(value, int) else ""
         return [f"{path} takes {field.text}, found {value!r} ({type(value).__name__}){hint}."]
     return []
+
+
+@cache
+def _adapter(kind: Any, strict: bool) -> Any:
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(kind, config=ConfigDict(strict=strict, arbitrary_types_allowed=True))
 
 
 def _unknown(path: str, known: dict[str, schema.Field], config: dict[str, Any], choices: dict[str, str]) -> str:

@@ -93,6 +93,15 @@ def is_intact(folder: Path) -> bool:
     return bool(record)
 
 
+def recorded(path: Path) -> str | None:
+    """Return the SHA-256 of a file that was built here and still has its size and time; None of any other."""
+    try:
+        built, stat = json.loads((path.parent / RECORD).read_text())[path.name], path.stat()
+        return built["sha256"] if [stat.st_size, stat.st_mtime_ns] == [built["size"], built["mtime_ns"]] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _build_into(target: Path, build: Callable[[Path], None]) -> None:
     prefix = f"building-{target.name}-"
     for left in target.parent.glob(f"{prefix}*"):  # by a run that was killed: we hold the lock

@@ -7,8 +7,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,18 +172,24 @@ def _forget(folder: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def _digest(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", asked: Any) -> str:
+def digest_rows(dataset: "Dataset") -> Any:
+    """Return a SHA-256 of the rows and of this module, which more can be added to."""
     import pyarrow as pa
 
     found = hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode())
     with pa.ipc.new_stream(_Sink(found), dataset.features.arrow_schema) as stream:
         for table in dataset.with_format("arrow").iter(CHUNK_ROWS):
             stream.write_table(table.cast(dataset.features.arrow_schema))
+    return found
+
+
+def _digest(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", asked: Any) -> str:
+    found = digest_rows(dataset)
     about: dict[str, Any] = {"class": type(tokenizer).__name__, "template": tokenizer.chat_template, "asked": asked}
     about["special"] = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
     if tokenizer.is_fast:
-        spec = json.loads(tokenizer.backend_tokenizer.to_str())
-        about["spec"] = {key: value for key, value in spec.items() if key not in ("truncation", "padding")}
+        tokenizer("")  # switches padding and cutting off, which are part of what follows
+        found.update(tokenizer.backend_tokenizer.to_str().encode())
     else:
         about["spec"] = {key: repr(value) for key, value in tokenizer.init_kwargs.items()} | tokenizer.get_vocab()
     found.update(json.dumps(about, sort_keys=True).encode())
@@ -283,15 +290,13 @@ def spell_rows(
     if not pairs:
         return spelt
     is_chat = _is_chat(rows[pairs[0][0]], reads)
-    texts = list(
-        _render(rows, pairs, tokenizer, first_row, tools=tools)
-        if is_chat
-        else (_join(prompt, answer, tokenizer) for _, prompt, answer in pairs)
-    )
+    if is_chat:
+        texts = _render(rows, pairs, tokenizer, first_row, tools=tools)
+    else:
+        texts = [_join(prompt, answer, tokenizer) for _, prompt, answer in pairs]
     prompts = list(dict.fromkeys(prompt for prompt, _ in texts if prompt))
-    options = {"add_special_tokens": not is_chat, "return_attention_mask": False, "verbose": False}
-    alone = dict(zip(prompts, tokenizer(prompts, **options)["input_ids"], strict=True)) if prompts else {}
-    whole = _encode(texts, alone, tokenizer, options)
+    alone = dict(zip(prompts, _to_ids(prompts, tokenizer, special=not is_chat), strict=True))
+    whole = _encode(texts, alone, tokenizer, special=not is_chat)
     for (number, _, answer), (prompt, text), ids in zip(pairs, texts, whole, strict=True):
         before = len(ids) if answer is None else _common_prefix(alone.get(prompt, []), ids)
         spelt[number].append(Spelt(ids, before, text, prompt))
@@ -302,7 +307,8 @@ def _encode(
     texts: Sequence[tuple[str, str]],
     alone: dict[str, list[int]],
     tokenizer: "PreTrainedTokenizerBase",
-    options: dict[str, Any],
+    *,
+    special: bool,
 ) -> list[list[int]]:
     """Encode whole chats, of which the prompts are encoded: only from the last special token of the prompt on.
 
@@ -310,12 +316,8 @@ def _encode(
     texts are also encoded in one piece, and if one of them differs all are.
     Source: https://huggingface.co/docs/tokenizers/api/added-tokens
     """
-
-    def in_one_piece(some: Sequence[tuple[str, str]]) -> list[list[int]]:
-        return tokenizer([text for _, text in some], **options)["input_ids"] if some else []
-
     splits = {}
-    if tokenizer.is_fast and not options["add_special_tokens"]:
+    if tokenizer.is_fast and not special:
         added = tokenizer.added_tokens_decoder.items()
         splits = {number: token.content for number, token in added if token.special and not token.normalized}
     heads: list[tuple[int, int]] = []  # of each text, what is encoded: characters, and the ids that these give
@@ -324,13 +326,26 @@ def _encode(
         last = next((place for place in range(len(ids) - 1, -1, -1) if ids[place] in splits), None)
         start = prompt.rfind(splits[ids[last]]) if last is not None and text.startswith(prompt) else -1
         heads.append((start, last) if last is not None and start >= 0 else (0, 0))
-    tails = in_one_piece([("", text[start:]) for (_, text), (start, _) in zip(texts, heads, strict=True)])
+    tails = _to_ids(
+        [text[start:] for (_, text), (start, _) in zip(texts, heads, strict=True)], tokenizer, special=special
+    )
     whole = [
         alone.get(texts[n][0], [])[:last] + tail for n, ((_, last), tail) in enumerate(zip(heads, tails, strict=True))
     ]
-    if any(last for _, last in heads) and in_one_piece(texts[:COMPARED]) != whole[:COMPARED]:
-        return in_one_piece(texts)
+    if any(last for _, last in heads):
+        compared = [text for _, text in texts[:COMPARED]]
+        if _to_ids(compared, tokenizer, special=special) != whole[:COMPARED]:
+            return _to_ids([text for _, text in texts], tokenizer, special=special)
     return whole
+
+
+def _to_ids(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, special: bool) -> list[list[int]]:
+    """Encode texts; with a fast tokenizer without the offsets and masks that nobody reads here."""
+    if not tokenizer.is_fast or not texts:
+        return tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"] if texts else []
+    tokenizer("")  # switches padding and cutting off
+    encoded = tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=special)
+    return [one.ids for one in encoded]
 
 
 def _common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
@@ -372,33 +387,52 @@ def _render(
     first_row: int,
     *,
     tools: bool,
-) -> Iterator[tuple[str, str]]:
-    """Yield each chat's prompt and the whole chat, as the chat template writes them; a row's prompt is written once."""
+) -> list[tuple[str, str]]:
+    """Return each chat's prompt and the whole chat, as the chat template writes them; a row's prompt is written once.
+
+    Rows that tell the template the same beside their chats are written together.
+    """
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
         raise ConfigError(
             "Rows of messages need a chat template, and the tokenizer has none. Type model.chat_template=FILE.jinja."
         )
-    written: tuple[int, str] = (-1, "")
-    for number, prompt, answer in pairs:
-        options: dict[str, Any] = {"tokenize": False}
-        if tools:
-            told = rows[number].get("tools")
-            options["tools"] = json.loads(told) if isinstance(told, str) else told
-            options |= rows[number].get("chat_template_kwargs") or {}
+
+    def told(pair: tuple[int, Any, Any]) -> dict[str, Any]:
+        row = rows[pair[0]]
+        named = row.get("tools") if tools else None
+        more = (row.get("chat_template_kwargs") if tools else None) or {}
+        return {"tools": json.loads(named) if isinstance(named, str) else named, **more}
+
+    written: list[tuple[str, str]] = []
+    for options, group in groupby(pairs, told):
+        alike = list(group)
         try:
-            if written[0] != number:
-                before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options) if prompt else ""
-                written = (number, str(before))
-            chat = (prompt or []) + (answer or [])
-            whole = written[1] if answer is None else str(tokenizer.apply_chat_template(chat, **options))
+            written += _write(alike, tokenizer, options)
         except (TemplateError, TypeError) as error:
+            for _, alone in groupby(alike, lambda pair: pair[0]) if alike[0][0] != alike[-1][0] else ():
+                _render(rows, list(alone), tokenizer, first_row, tools=tools)  # to find the row
             raise ConfigError(
-                f"The chat template refuses row {first_row + number}: {error}. Leave such rows out, or choose another "
-                "template with model.chat_template=FILE.jinja."
+                f"The chat template refuses row {first_row + alike[0][0]}: {error}. Leave such rows out, or choose "
+                "another template with model.chat_template=FILE.jinja."
             ) from error
-        yield written[1], whole
+    return written
+
+
+def _write(
+    pairs: Sequence[tuple[int, Any, Any]], tokenizer: "PreTrainedTokenizerBase", options: dict[str, Any]
+) -> list[tuple[str, str]]:
+    def write(chats: list[Any], **more: bool) -> list[str]:
+        return tokenizer.apply_chat_template(chats, tokenize=False, **options, **more) if chats else []  # type: ignore
+
+    prompts = {number: prompt for number, prompt, _ in pairs if prompt}
+    before = dict(zip(prompts, write(list(prompts.values()), add_generation_prompt=True), strict=True))
+    whole = iter(write([(prompt or []) + answer for _, prompt, answer in pairs if answer is not None]))
+    return [
+        (before.get(number, ""), before.get(number, "") if answer is None else next(whole))
+        for number, _, answer in pairs
+    ]
 
 
 def _stop_tokens(tokenizer: "PreTrainedTokenizerBase", *, is_chat: bool) -> set[int]:

@@ -1,25 +1,33 @@
-"""A process for one run starts fast: it imports what the run can ask for, and looks for garbage when that pays.
+"""A process for one run starts fast: it imports what the run can ask for, once, and looks for garbage when that pays.
 
 bitsandbytes costs each process two CPU seconds, and few runs use it: peft imports it wherever it is installed, and it
 drags in much of ``torch._inductor``. Where nothing in a config can ask for it, it is as if it were not installed.
-And Python looks for garbage in cycles every 700 new objects, of which the libraries make half a million that stay.
+Python looks for garbage in cycles every 700 new objects, of which the libraries make half a million that stay.
+And transformers reads the 1,600 modules of its models twice when it is imported, to see what is in them.
 """
 
 import gc
+import hashlib
+import importlib.metadata
 import json
+import marshal
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import cache
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
 from runner.embedded import NAME as EMBEDDED
+from runner.embedded import cache_dir
 from runner.hub import REPO_ID
 from runner.safety import RUN_CODE
 
 VARIABLE = "RUNNER_LEAVE_OUT"
 MODULE = "bitsandbytes"
-IMPORTING = (100_000, 20, 100)  # a sixth less CPU time for the imports than Python's own thresholds, and no more memory
-RUNNING = gc.get_threshold()
+FINDER = "create_import_structure_from_path"
 OPTIMIZERS = {None, "adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "rmsprop", "sgd"}  # torch's own
 
 
@@ -35,14 +43,16 @@ def begin(names: str) -> None:
     in ``RUNNER_LEAVE_OUT``, before anything is imported.
     """
     if "torch" not in sys.modules:
-        gc.set_threshold(*IMPORTING)
+        gc.disable()
         sys.modules.update(dict.fromkeys(names.split()))  # type: ignore[arg-type]  # None: a module that is not there
+        sys.meta_path.insert(0, _Watch())
+        importlib.metadata.packages_distributions = cache(importlib.metadata.packages_distributions)
 
 
 def settle() -> None:
     """Once the libraries are imported: they are no garbage and are not searched again, but what comes after is."""
     gc.freeze()
-    gc.set_threshold(*RUNNING)
+    gc.enable()
 
 
 def may_quantize(config: dict[str, Any]) -> bool:
@@ -78,3 +88,43 @@ def _is_plain(name_or_path: str, revision: str | None) -> bool:
         return "quantization_config" not in json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, TypeError, ValueError):
         return False
+
+
+class _Watch:
+    """Waits for the module with which transformers looks what there is in its folder of models, and keeps its answer.
+
+    It looks again when a file of that folder, or the module, has another size or time.
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != "transformers.utils.import_utils":
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path)
+        loader: Any = spec.loader if spec else None
+        execute: Any = getattr(loader, "exec_module", None)
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            if find := getattr(module, FINDER, None):
+                models = Path(module.__file__).parents[1] / "models"
+                read = cache(lambda: _kept(lambda: find(models), models, Path(module.__file__)))
+                setattr(module, FINDER, lambda of: read() if Path(of) in (models, models / "__init__.py") else find(of))
+
+        if execute:
+            loader.exec_module = exec_module
+        return spec
+
+
+def _kept(find: Callable[[], Any], folder: Path, source: Path) -> Any:
+    files = sorted([source, *folder.rglob("*.py")])
+    seen = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    kept = cache_dir() / f"transformers-{hashlib.sha256(repr((sys.version, seen)).encode()).hexdigest()[:12]}"
+    with suppress(OSError, ValueError, EOFError, TypeError):
+        return marshal.loads(kept.read_bytes())
+    found = find()
+    with suppress(OSError, ValueError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        (scratch := kept.with_suffix(f".{os.getpid()}")).write_bytes(marshal.dumps(found))
+        scratch.replace(kept)
+    return found

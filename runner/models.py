@@ -2,6 +2,8 @@
 
 import hashlib
 import logging
+import re
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KEY = "model.name_or_path"
+BLOB = re.compile("[0-9a-f]{64}")  # a file of the hub's cache that is not in git: its SHA-256
 PLAIN_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 # Tokens that some family made for padding or never writes in a chat, best first. Each is taken only where it is
 # in the vocabulary, is neither the stop token nor the first token, and is not part of the chat template.
@@ -182,11 +185,16 @@ def load_classifier(
 
 
 def digest_weights(folder: Path) -> str | None:
-    """Return a digest of the weight files in a folder, their names included; None where there are none."""
+    """Return a digest of the weight files in a folder, their names included; None where there are none.
+
+    A file is read unless its SHA-256 is known: of what the runner built, and in the hub's cache, where it is the name.
+    """
     digest = hashlib.sha256()
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*model*.bin")])
     for path in files:
-        digest.update(f"{path.name} {disk.digest(path)}\n".encode())
+        blob = path.resolve()
+        known = blob.name if blob.parent.name == "blobs" and BLOB.fullmatch(blob.name) else embedded.recorded(path)
+        digest.update(f"{path.name} {known or disk.digest(path)}\n".encode())
     return digest.hexdigest() if files else None
 
 
@@ -199,7 +207,7 @@ def fit_embedding(model: Any, tokenizer: "PreTrainedTokenizerBase") -> None:
 
     weight = model.get_input_embeddings().weight
     rows = getattr(weight, "ds_shape", weight.shape)[0]
-    needed = max(tokenizer.get_vocab().values()) + 1
+    needed = _highest(tokenizer, len(tokenizer)) + 1
     if needed <= rows:
         return
     if hasattr(weight, "ds_shape"):
@@ -213,6 +221,12 @@ def fit_embedding(model: Any, tokenizer: "PreTrainedTokenizerBase") -> None:
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if layer is not None:
                 layer.weight[rows:] = layer.weight[:rows].mean(dim=0)
+
+
+@lru_cache(maxsize=4)
+def _highest(tokenizer: "PreTrainedTokenizerBase", size: int) -> int:
+    """Return the highest token id of a tokenizer, which grows with its size; to list its vocabulary takes long."""
+    return max(tokenizer.get_vocab().values())
 
 
 def _set_chat_template(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None) -> None:
@@ -245,9 +259,10 @@ def _set_pad_token(tokenizer: "PreTrainedTokenizerBase", pad_token: str | None) 
             f"model.pad_token={pad_token} is the stop token: where padding is left out of the loss, the model would "
             "not learn to stop. Leave it null, or name another token."
         )
-    vocabulary, used, own = tokenizer.get_vocab(), str(tokenizer.chat_template), tokenizer.pad_token
+    own = tokenizer.pad_token
     if pad_token is None and own not in (None, stop):
         return
+    vocabulary, used = tokenizer.get_vocab(), str(tokenizer.chat_template)
     if pad_token is None:
         spare = [
             token

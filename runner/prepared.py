@@ -3,6 +3,8 @@
 import logging
 from typing import TYPE_CHECKING, Any
 
+from runner import reference
+from runner.batching import GROUPED, by_length
 from runner.encoding import IDS, PASSED_ON
 from runner.lm_head import knows_trl
 
@@ -68,8 +70,6 @@ def prepared(cls: Any) -> Any:
     completion before, for its KL estimate.
     Source: trl/trainer/{sft,dpo,kto,reward}_trainer.py, ``_prepare_dataset``
     """
-    if not hasattr(cls, "_prepare_dataset"):
-        return cls
 
     class Prepared(cls):
         def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any) -> Any:
@@ -82,6 +82,21 @@ def prepared(cls: Any) -> Any:
             if {"chosen_ids", "rejected_ids"} <= columns:
                 return dataset
             return super()._prepare_dataset(dataset, processing_class, args, *rest)
+
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            rows = self.train_dataset if train_dataset is None else train_dataset
+            if self.args.train_sampling_strategy != GROUPED:
+                return super()._get_train_sampler(rows)
+            return by_length(rows, self.args, batch=self.args.train_batch_size * self.args.gradient_accumulation_steps)
+
+        def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+            if self.args.train_sampling_strategy != GROUPED:
+                return super()._get_eval_sampler(eval_dataset)
+            return by_length(eval_dataset, self.args, batch=self.args.eval_batch_size)
+
+        def _precompute_ref_logps(self, dataset: Any, *rest: Any) -> Any:
+            compute = super()._precompute_ref_logps
+            return reference.share(self, dataset, lambda: compute(dataset, *rest))
 
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
         setattr(Prepared, name, getattr(cls, name))

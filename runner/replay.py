@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from runner import compose, manifest
+from runner import compose, manifest, reference
 from runner.config import changes, flat
 from runner.errors import ConfigError, RunPreempted, RunStopped
 from runner.safety import RUN_CODE, find_dangers
@@ -78,6 +78,7 @@ def replay(run_dir: Path, output_dir: Path | None = None, **workers: int) -> str
     before = manifest.read(again)
     for line in differences(record, before, [name for name in GIVEN if name in before]):
         logger.warning("Not as it was: %s", line)
+    manifest.update(again, chosen={k: v for k, v in (record.get("chosen") or {}).items() if k == reference.FIELD})
     start(again)
     repeated = manifest.read(again)
     for line in differences(record, repeated, [name for name in GIVEN if name not in ("versions", "packages")]):

@@ -71,7 +71,7 @@ def run(run_dir: Path) -> dict[str, float]:
         scoring = trainers.load_rewards(config, columns=columns, online=online)
         arguments, chosen = trainers.build_arguments(
             config["trainer"], run_dir, evaluates=rows.eval is not None, resumed=resumed is not None,
-            global_batch_size=config.get("global_batch_size"), launch=config.get("launch"),
+            global_batch_size=config.get("global_batch_size"), launch=config.get("launch"), rows=len(rows.train),
         )  # fmt: skip
         trainers.refuse(arguments, prompts=len(rows.train), adapted=bool(config["peft"]))
         facts = {"chosen": chosen, "untrained_rewards": scoring.untrained}
@@ -85,6 +85,7 @@ def run(run_dir: Path) -> dict[str, float]:
             held_out=held_out, scoring=scoring, run_dir=run_dir,
         )  # fmt: skip
         trainers.add_samples(trainer, rows.held_out, scoring, run_dir, **config["samples"])
+        del loaded, rows  # the text of rows that are trained on as token ids
         manifest.update(run_dir, **trainers.describe(trainer))
 
         checkpoints.Checkpoints(trainer, run_dir, keep=config["trainer"].get("save_total_limit"), resumed=resumed)

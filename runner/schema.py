@@ -277,7 +277,12 @@ def _lineage(path: Path, node: ast.ClassDef) -> Iterator[tuple[str, Path, ast.Cl
             yield from _lineage(*found)
 
 
-def _fields_of(path: Path, node: ast.ClassDef) -> Iterator[tuple[str, Field]]:
+@lru_cache(maxsize=256)
+def _fields_of(path: Path, node: ast.ClassDef) -> tuple[tuple[str, Field], ...]:
+    return tuple(_read_fields(path, node))
+
+
+def _read_fields(path: Path, node: ast.ClassDef) -> Iterator[tuple[str, Field]]:
     """Yield fields in the order of ``dataclasses.fields``; a class with its own ``__init__`` gives its parameters."""
     init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
     if init:
@@ -350,9 +355,12 @@ def _read_type(annotation: ast.expr | None, path: Path) -> tuple[Any, str]:
     """Return an annotation's type for checking, and its text for messages."""
     if annotation is None:
         return Any, "any value"
-    text = ast.unparse(annotation)
-    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
-        text = annotation.value
+    quoted = isinstance(annotation, ast.Constant) and isinstance(annotation.value, str)
+    return _evaluate(annotation.value if quoted else ast.unparse(annotation), path)  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=1024)
+def _evaluate(text: str, path: Path) -> tuple[Any, str]:
     reader = _Reader(path)
     expression = ast.fix_missing_locations(ast.Expression(reader.visit(ast.parse(text, mode="eval").body)))
     # builtins are emptied: the text is a type annotation of an installed library, never of a config

@@ -11,7 +11,20 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from runner import adapters, callbacks, checkpoints, engines, evaluation, hardware, lm_head, models, prepared, rewards
+from runner import (
+    adapters,
+    callbacks,
+    checkpoints,
+    engines,
+    evaluation,
+    hardware,
+    lm_head,
+    models,
+    prepared,
+    reference,
+    rewards,
+)
+from runner.batching import refuse_leaks
 from runner.config import accumulation, build, given, trainer_name
 from runner.errors import ConfigError, RunPreempted, RunStopped
 
@@ -29,6 +42,7 @@ def build_arguments(
     global_batch_size: int | None = None,
     launch: dict[str, Any] | None = None,
     planned: int | None = None,
+    rows: int | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Build a trainer's arguments; what the config leaves open is chosen for the hardware.
 
@@ -40,6 +54,7 @@ def build_arguments(
         global_batch_size: Sequences of an optimizer step, over all processes; None: what the config's numbers make.
         launch: The config's ``launch``.
         planned: Processes to count with where none of them runs; the arguments then serve to plan only.
+        rows: To train on; with them reference log-probabilities are computed in advance where that pays.
 
     Returns:
         The arguments, and the fields that were chosen here.
@@ -66,7 +81,7 @@ def build_arguments(
     engines.tell(arguments, launch or {})
     if arguments.world_size != processes:
         raise ConfigError(f"{processes} processes were started and {arguments.world_size} would train together.")
-    return arguments, chosen
+    return arguments, chosen | reference.choose(arguments, node, rows=rows, run_dir=run_dir)
 
 
 def _fixed_fields(node: dict[str, Any], run_dir: Path, *, evaluates: bool, resumed: bool) -> dict[str, Any]:
@@ -181,6 +196,7 @@ def build_trainer(
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"{cls.__name__} refuses this config: {error}") from error
     engines.verify(trainer, config.get("launch") or {})
+    refuse_leaks(trainer)
     if adapter or arguments.fp16:
         adapters.keep_float32(trainer.model)
     trainer.remove_callback(PrinterCallback)  # Progress says it in one line

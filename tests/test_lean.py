@@ -61,6 +61,20 @@ def test_what_is_left_out_is_not_there_for_the_libraries():
     assert said(begun + found) == "False False\n"
 
 
+@pytest.mark.slow
+def test_what_transformers_finds_in_itself_is_kept_and_found_again_when_it_is_damaged(tmp_path):
+    watched = "from runner import lean\nlean.begin('')\nimport hashlib, transformers, transformers.models as models\n"
+    watched += "print(hashlib.sha256(repr(sorted(dir(transformers) + dir(models))).encode()).hexdigest())"
+    first = said(watched, RUNNER_CACHE=str(tmp_path))
+    (kept,) = tmp_path.glob("transformers-*")
+    before = kept.stat().st_mtime_ns
+    assert said(watched, RUNNER_CACHE=str(tmp_path)) == first
+    assert kept.stat().st_mtime_ns == before
+    kept.write_bytes(b"\0")
+    assert said(watched, RUNNER_CACHE=str(tmp_path)) == first
+    assert kept.stat().st_size > 1_000
+
+
 def test_a_process_that_is_started_for_a_run_is_told_what_to_leave_out():
     found = "import runner\nprint(importlib.util.find_spec('bitsandbytes') is not None)"
     assert said(found, RUNNER_LEAVE_OUT="bitsandbytes") == "False\n"

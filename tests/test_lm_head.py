@@ -1,8 +1,8 @@
 import pytest
 import torch
+import trl
 from datasets import Dataset
-from tiny import tiny_model, tiny_tokenizer
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from tiny import save_tiny, tiny_model, tiny_tokenizer
 from trl.kernels import chunked_logprob
 from trl.trainer import utils
 
@@ -122,36 +122,38 @@ def test_a_trl_that_was_not_read_keeps_its_own_way(monkeypatch, change):
     assert getattr(utils, "_use_triton", None) is kept
 
 
-def sft_losses(tmp_path):
-    rows = [{"prompt": p, "completion": f" {p[::-1]}"} for p in PROMPTS]
-    trainer = SFTTrainer(
-        model=tiny_model("llama", tiny_tokenizer()),
-        args=SFTConfig(output_dir=str(tmp_path), completion_only_loss=True, **COMMON),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tiny_tokenizer(),
-    )
-    trainer.train()
-    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+def chars(completions, **_):
+    return [float(len(set(text))) for text in completions]
 
 
-def dpo_losses(tmp_path):
-    rows = [{"prompt": p, "chosen": f" {p[::-1]}", "rejected": " the end"} for p in PROMPTS]
-    trainer = DPOTrainer(
-        model=tiny_model("llama", tiny_tokenizer()),
-        ref_model=tiny_model("llama", tiny_tokenizer(), seed=1),
-        args=DPOConfig(output_dir=str(tmp_path), beta=0.5, **COMMON),
-        train_dataset=Dataset.from_list(rows),
+def train(name, folder):
+    """Return losses and gradient norms of two steps of one of TRL's trainers."""
+    rows = [{"prompt": p, "completion": f" {p[::-1]}", "label": n % 2 == 0} for n, p in enumerate(PROMPTS)]
+    model, more, options = tiny_model("llama", tiny_tokenizer()), {}, {}
+    if name in ("GRPO", "RLOO"):
+        rows, more = [{"prompt": p} for p in PROMPTS], {"reward_funcs": chars}
+        model = str(save_tiny(folder / "model"))  # the reference is read again
+        options = {"num_generations": 2, "max_completion_length": 6, "beta": 0.1, "temperature": 0.7}
+    elif name == "DPO":
+        rows = [{"prompt": p, "chosen": f" {p[::-1]}", "rejected": " the end"} for p in PROMPTS]
+    if name in ("DPO", "KTO"):
+        more, options = {"ref_model": tiny_model("llama", tiny_tokenizer(), seed=1)}, {"beta": 0.5}
+    trainer = getattr(trl, f"{name}Trainer")(
+        model=model,
+        args=getattr(trl, f"{name}Config")(output_dir=str(folder), **COMMON, **options),
+        train_dataset=Dataset.from_list([{k: row[k] for k in row if k != "label" or name == "KTO"} for row in rows]),
         processing_class=tiny_tokenizer(),
+        **more,
     )
     trainer.train()
-    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    return [log[key] for log in trainer.state.log_history if "loss" in log for key in ("loss", "grad_norm")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("losses", [sft_losses, dpo_losses])
-def test_training_losses_stay_the_same(tmp_path, losses):
-    before = losses(tmp_path / "upstream")
+@pytest.mark.parametrize("name", ["SFT", "DPO", "KTO", "GRPO", "RLOO"])
+def test_training_losses_stay_the_same(tmp_path, name):
+    before = train(name, tmp_path / "upstream")
     assert compact_lm_head()
-    assert losses(tmp_path / "compact") == pytest.approx(before, abs=1e-5)
-    assert len(before) == 2
-    assert before[0] != before[1]
+    assert train(name, tmp_path / "compact") == pytest.approx(before, abs=1e-5, rel=1e-5)
+    assert len(before) == 4
+    assert before[1] != before[3]

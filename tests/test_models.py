@@ -1,6 +1,8 @@
 import copy
+import hashlib
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,11 +14,12 @@ from peft import LoraConfig, get_peft_model
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from runner import hub
+from runner import embedded, hub
 from runner.adapters import check_adapter, keep_float32, peft_for
 from runner.errors import ConfigError
 from runner.models import (
     PLAIN_TEMPLATE,
+    digest_weights,
     fit_embedding,
     load_classifier,
     load_policy,
@@ -449,3 +452,20 @@ def test_behind_a_proxy_the_hub_is_not_probed(tmp_path):
     said = silent_hub(ENSURE, tmp_path, HTTPS_PROXY="http://127.0.0.1:9").stdout
     assert "ConfigError" not in said
     assert "offline False" in said
+
+
+def test_the_digest_of_weights_is_the_same_whether_it_is_known_or_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
+    built = embedded.build_once("x", lambda folder: (folder / "model.safetensors").write_bytes(b"one"))
+    plain = tmp_path / "plain"
+    shutil.copytree(built, plain)
+    (plain / embedded.RECORD).unlink()
+    digest = digest_weights(plain)
+    assert digest_weights(built) == digest
+    blob = tmp_path / "hub" / "blobs" / hashlib.sha256(b"one").hexdigest()
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(b"other")  # its name is believed
+    (tmp_path / "hub" / "model.safetensors").symlink_to(blob)
+    assert digest_weights(tmp_path / "hub") == digest
+    (built / "model.safetensors").write_bytes(b"two")
+    assert digest_weights(built) not in (None, digest)

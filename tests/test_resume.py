@@ -87,10 +87,15 @@ def test_a_run_that_is_killed_and_goes_on_ends_as_if_it_had_not_been(trainer, ll
         assert (tmp_path / "parts" / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
 
 
-@pytest.mark.parametrize("trainer", ["grpo", "ppo", "sft"])
-def test_later_epochs_keep_their_order(trainer, llama_dir, tmp_path, monkeypatch):
+GROUPED = "trainer.train_sampling_strategy=group_by_length"
+
+
+@pytest.mark.parametrize("words", ["grpo", "ppo", "sft", f"sft {GROUPED}", f"dpo {GROUPED}", f"orpo {GROUPED}"])
+def test_later_epochs_keep_their_order(words, llama_dir, tmp_path, monkeypatch):
+    trainer, *order = words.split()
     options = [
         *long(trainer),
+        *order,
         f"model.name_or_path={llama_dir}",
         "trainer.max_steps=12",
     ]  # the second epoch begins at 8
