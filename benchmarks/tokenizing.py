@@ -2,9 +2,12 @@
 
 Sums, or the rows of --path. Each side prepares the same rows for SFT and for DPO with the embedded model's tokenizer
 and one thread, in turn; neither keeps anything from a run before. Token ids that differ make the comparison void.
+
+`--growth` shows how the cost of a row grows with their number and length instead: it should not.
 """
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -31,9 +34,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--path", help="a file or folder of rows, instead of sums")
     parser.add_argument("--job", choices=list(JOBS), nargs="+", default=list(JOBS))
+    parser.add_argument("--growth", action="store_true")
     asked = parser.parse_args()
     datasets.disable_progress_bars()
     tokenizer = models.load_tokenizer(name_or_path=str(embedded.materialise()))
+    if asked.growth:
+        grow(tokenizer)
+        return
     print(
         "| job | rows | ours, rows per CPU s | from the disk | TRL, rows per CPU s | ratio |\n|---|---|---|---|---|---|"
     )
@@ -81,6 +88,31 @@ def compare(job: str, splits: data.Splits, tokenizer: Any, runs: int) -> None:
     speed = {side: len(splits.train) / median(taken) for side, taken in times.items()}
     shown = " | ".join(f"{speed[side]:,.0f}" for side in ("ours", "again", "trl"))
     print(f"| {job} | {len(splits.train):,} | {shown} | {speed['ours'] / speed['trl']:.1f} |", flush=True)
+
+
+def grow(tokenizer: Any) -> None:
+    """Print what a row costs, of few and many, of short and long ones."""
+    print("| rows | tokens of a row | read, CPU µs a row | tokenized | from the disk |\n|---|---|---|---|---|")
+    for count, words in ((1_000, 60), (10_000, 60), (100_000, 60), (1_000, 950), (1_000, 3_950)):
+        with tempfile.TemporaryDirectory() as scratch:
+            datasets.config.HF_DATASETS_CACHE = Path(scratch)
+            file, made = Path(scratch, "rows.jsonl"), {}
+            with file.open("w") as lines:
+                for number in range(count):
+                    answer = " ".join(str((number * word) % 10) for word in range(words // 2))
+                    lines.write(json.dumps({"prompt": f"{number}", "completion": answer}) + "\n")
+
+            def read(file: Path = file) -> data.Splits:
+                return data.load_splits(reads="sft", run_seed=0, path=str(file), train="train", eval=None)
+
+            def fit(made: dict[str, Any] = made) -> Any:
+                options = {"max_length": None, "too_long": "drop", "trainer": "sft"}
+                return tokens.fit_splits(made["read"], tokenizer, reads="sft", **options)
+
+            taken = [seconds(read, made, "read"), seconds(fit, made, "fit"), seconds(fit, made, "again")]
+            length = made["fit"][1]["train"]["tokens"] / count
+            shown = " | ".join(f"{1e6 * one / count:.0f}" for one in taken)
+            print(f"| {count:,} | {length:,.0f} | {shown} |", flush=True)
 
 
 def seconds(prepare: Callable[[], Any], made: dict[str, Any], side: str) -> float:
