@@ -206,8 +206,12 @@ def _missing_option(name: str, options: list[str], message: str) -> str:
 
 def _unknown_hydra_key(path: str, error: Exception) -> str:
     """Say that a key of Hydra's own does not exist, with the nearest beside it that does."""
+    from hydra.conf import HydraConf
+    from omegaconf import OmegaConf
+
     parent, _, name = path.rpartition(".")
-    node = getattr(error, "parent_node", None) or getattr(error.__cause__, "parent_node", None)
+    known = OmegaConf.select(OmegaConf.create({"hydra": OmegaConf.structured(HydraConf)}), parent)
+    node = known or getattr(error.__cause__, "parent_node", None)  # the latter of a plugin's own
     names = [str(key) for key in node or () if key != "_target_"]
     if parent == "hydra.launcher" and not names:
         return f"{path} has no effect without hydra/launcher=... (ray, submitit_slurm, submitit_local or joblib)."

@@ -46,7 +46,8 @@ def begin(folder, *overrides):
 
 @pytest.mark.slow
 def test_two_workers_of_a_ray_cluster_prune_and_fail_as_trials_do_here(llama_dir, tmp_path):
-    given = words(llama_dir, *STEPPED, "hydra/launcher=ray", "search.n_jobs=2", "trainer.learning_rate=3e-2,1e9,1e-6")
+    given = words(llama_dir, *STEPPED, "hydra/launcher=ray", "search.n_jobs=2", "trainer.learning_rate=3e-2,1e38,1e-6")
+    given += ["trainer.lr_scheduler_type=constant", "trainer.warmup_steps=0"]  # so that the second diverges at once
     sweep = begin(tmp_path, *given, "search.pruner=asha", "search.objective=eval_loss")
     said, _ = sweep.communicate(timeout=280)
     assert sweep.returncode == 0, said
@@ -57,7 +58,7 @@ def test_two_workers_of_a_ray_cluster_prune_and_fail_as_trials_do_here(llama_dir
 
 @pytest.mark.slow
 def test_a_job_that_its_scheduler_preempts_is_queued_again_and_goes_on(llama_dir, tmp_path):
-    given = words(llama_dir, "hydra/launcher=submitit_local", "trainer.learning_rate=1e-3,1e9", "samples.rows=0")
+    given = words(llama_dir, "hydra/launcher=submitit_local", "trainer.learning_rate=1e-3,1e38", "samples.rows=0")
     sweep = begin(tmp_path, *given, "trainer.max_steps=200", "trainer.eval_on_start=false")
     metrics = tmp_path / "0" / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and len(lines(metrics.parent)) > 3, 120)
