@@ -135,6 +135,7 @@ class Model:
         head: of the output layer where it trains; its gradient is there from the start of the backward pass.
         context: tokens that the model can read; 0 where it does not say.
         unit: bytes of the largest piece that is gathered at a time where weights are split: a layer, or the embedding.
+        unpacked: bytes that are lost between what is kept where quantized weights are made whole, one after the other.
     """
 
     parameters: int
@@ -149,6 +150,7 @@ class Model:
     head: int
     context: int
     unit: float = 0
+    unpacked: float = 0
 
 
 @dataclass(frozen=True)
@@ -276,12 +278,13 @@ def estimate_memory(model: Model, work: Work) -> dict[str, int]:
         "optimizer": _states(work.optimizer) * model.trainable * own.states,
         "activations": kept * work.sequences * work.length * work.graphs,
         "logits": _logits(model, work),
+        "unpacked weights": model.unpacked,
         "sampling": work.sampled * (model.cache * work.sampled_length + SAMPLER_COPIES * 4 * model.vocabulary),
         "other models": work.copies,
     }
     always = parts["process"] + parts["weights"] + parts["optimizer"] + parts["other models"]
     held = gradients if work.accumulates else 4 * model.head * own.gradients
-    forward = parts["activations"] + parts["logits"] + held
+    forward = parts["activations"] + parts["logits"] + parts["unpacked weights"] + held
     trains = always + max(forward, parts["gradients"], parts["sampling"])
     peak = max(trains, parts["process"] + parts["weights"] + model.loading)
     return {name: round(size) for name, size in {**parts, "peak": peak}.items()}

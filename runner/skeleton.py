@@ -76,7 +76,8 @@ def measure(model: Any, *, sequences: int, length: int, quantization: dict[str, 
     config, output = base.config.get_text_config(), base.get_output_embeddings()
     size = base.dtype.itemsize
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    quantized = {id(module.weight) for module in _linear(base)} if quantization else set()
+    packed = [module.weight for module in _linear(base)] if quantization else []
+    quantized = set(map(id, packed))
     bits = NF4_BITS if (quantization or {}).get("load_in_4bit") else INT8_BITS
     weights = sum(
         bits / 8 * p.numel() if id(p) in quantized else 4 * p.numel() if quantization else p.numel() * p.dtype.itemsize
@@ -102,6 +103,7 @@ def measure(model: Any, *, sequences: int, length: int, quantization: dict[str, 
         head=output.weight.numel() if output is not None and output.weight.requires_grad else 0,
         context=getattr(config, "max_position_embeddings", None) or 0,
         unit=max(weights / layers, base.get_input_embeddings().weight.nbytes),
+        unpacked=(HOLES - 1) * 4 * sum(p.numel() for p in packed) if arguments.use_cpu else 0,
     )
 
 

@@ -29,6 +29,12 @@ def test_accumulated_gradients_are_held_beside_activations():
     assert peak == PROCESS + 4000 + 8000 + 4000 + 12_800 + 4000
 
 
+def test_what_is_lost_to_weights_made_whole_is_held_beside_activations():
+    # 4,000 of weights, 8,000 of Adam, 4,000 of activations, 12,800 of logits, 800 of the head's gradient, 500 lost
+    peak = estimate_memory(replace(MODEL, unpacked=500), WORK)["peak"]
+    assert peak == PROCESS + 4000 + 8000 + 4000 + 12_800 + 800 + 500
+
+
 def test_loading_is_a_moment_of_its_own():
     # weights of 4,000 bytes and the file of 50,000 that they come from: more than the 29,600 of a step
     assert estimate_memory(replace(MODEL, loading=50_000), WORK)["peak"] == PROCESS + 4000 + 50_000
