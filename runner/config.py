@@ -195,8 +195,8 @@ IDLE: list[tuple[str, Callable[[dict[str, Any], dict[str, Any]], bool], str]] = 
      "trainer.gradient_checkpointing is false"),
     ("trainer.ref_model_mixup_alpha trainer.ref_model_sync_steps", lambda t, c: not t.get("sync_ref_model"),
      "trainer.sync_ref_model is not set"),
-    ("trainer.precompute_ref_batch_size", lambda t, c: not t.get("precompute_ref_log_probs"),
-     "trainer.precompute_ref_log_probs is not set"),
+    ("trainer.precompute_ref_batch_size", lambda t, c: t.get("precompute_ref_log_probs") is False,
+     "trainer.precompute_ref_log_probs is false"),
     ("trainer.kl_estimator", lambda t, c: t.get("kl_coef", 0.05) == 0, "trainer.kl_coef is 0"),
     ("trainer.kl_horizon", lambda t, c: t.get("target_kl") is None, "trainer.target_kl is null"),
     ("trainer.metric_for_best_model trainer.greater_is_better", lambda t, c: not t.get("load_best_model_at_end")

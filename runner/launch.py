@@ -148,14 +148,16 @@ def launch(run_dir: Path, node: dict[str, Any]) -> dict[str, float]:
 
 def _follow(run_dir: Path, code: int) -> dict[str, float]:
     """Return the metrics of a run whose manifest another machine's parent writes, or end as it does."""
-    until = time.monotonic() + 4 * GRACE
-    while (record := manifest.read(run_dir))["status"] == "running" and time.monotonic() < until:
-        time.sleep(POLL)
+    while (record := manifest.read(run_dir))["status"] == "running" and not manifest.is_silent(record):
+        time.sleep(POLL)  # the first rank evaluates, or saves
     if record["status"] == "completed" and code == 0:
         return record["metrics"]
     if record["status"] == "preempted":
         raise RunPreempted(record["cause"], 143)
-    raise RunStopped(record.get("cause") or f"the ranks of this machine ended with exit code {code}")
+    if record["status"] == "pruned":
+        raise RunPruned(record["cause"])
+    cause = record.get("cause") or f"the ranks of this machine ended with exit code {code}"
+    raise (ConfigError if record.get("correctable") else RunStopped)(cause)
 
 
 def _threads(count: int) -> int:
@@ -263,6 +265,12 @@ def register(run_dir: Path) -> None:
     signal.signal(signal.SIGUSR1, lambda *_: os._exit(143))
     _end_with_parent()
     (run_dir / "ranks" / f"{manifest.rank()}.pid").write_text(str(os.getpid()))
+
+
+def tell_begun(run_dir: Path) -> None:
+    """Let the launcher know that this rank computes, if it is one of ours: ``start_timeout`` no longer counts."""
+    if is_ours():
+        (run_dir / "ranks" / f"{manifest.rank()}.begun").touch()
 
 
 def _end_with_parent() -> None:

@@ -175,6 +175,11 @@ def is_dead(run_dir: str | Path, record: Mapping[str, Any]) -> bool:
         except ConfigError:
             return False
         return True
+    return is_silent(record)
+
+
+def is_silent(record: Mapping[str, Any]) -> bool:
+    """Tell whether too many heartbeats of a run have failed to come."""
     beat = datetime.fromisoformat(record.get("heartbeat") or record["timeline"][-1]["time"])
     return (datetime.now(UTC) - beat).total_seconds() > SILENCE * BEAT_SECONDS
 
@@ -331,7 +336,7 @@ def _git() -> dict[str, Any] | None:
         "dirty": bool(status.strip()),
         "changed": status.splitlines()[:CHANGED_LIMIT],
         "diff": diff or "",
-        "diff_complete": len(diff or "") < DIFF_LIMIT,
+        "diff_complete": diff is not None and len(diff) < DIFF_LIMIT,
     }
 
 
@@ -339,10 +344,18 @@ def _ask_git(*words: str) -> str | None:
     """Return what git says, cut at ``DIFF_LIMIT`` bytes; None if it fails, hangs or is not there."""
     command = ["git", "-c", "core.fsmonitor=false", "-c", "core.quotepath=false", *words]
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    null, pipe = subprocess.DEVNULL, subprocess.PIPE
     try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, stdin=subprocess.DEVNULL, timeout=GIT_SECONDS
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        process = subprocess.Popen(command, stdin=null, stdout=pipe, stderr=null, env=environment)
+    except OSError:
         return None
-    return None if done.returncode else done.stdout[:DIFF_LIMIT].decode("utf-8", "replace")
+    assert process.stdout is not None
+    timer = threading.Timer(GIT_SECONDS, process.kill)
+    timer.start()
+    with process:
+        answer = process.stdout.read(DIFF_LIMIT)
+        cut = len(answer) == DIFF_LIMIT
+        if cut:
+            process.kill()
+    timer.cancel()
+    return None if process.returncode and not cut else answer.decode("utf-8", "replace")

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from runner import launch, manifest
+from runner import launch
 from runner.callbacks import over_ranks
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -49,8 +49,7 @@ class Preemption(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to finish steps."""
         self.training, self.last = True, time.monotonic()
-        if launch.is_ours():
-            (Path(args.output_dir).parent / "ranks" / f"{manifest.rank()}.begun").touch()
+        launch.tell_begun(Path(args.output_dir).parent)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop, if it is time to; a save at the end of an epoch waits for what that logs."""

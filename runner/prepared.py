@@ -4,7 +4,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from runner import reference
-from runner.batching import GROUPED, by_length
+from runner.batching import GROUPED, SEQUENCES, by_length
 from runner.encoding import IDS, PASSED_ON
 from runner.lm_head import knows_trl
 
@@ -85,12 +85,12 @@ def prepared(cls: Any) -> Any:
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             rows = self.train_dataset if train_dataset is None else train_dataset
-            if self.args.train_sampling_strategy != GROUPED:
+            if not _is_grouped(rows, self.args):
                 return super()._get_train_sampler(rows)
             return by_length(rows, self.args, batch=self.args.train_batch_size * self.args.gradient_accumulation_steps)
 
         def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-            if self.args.train_sampling_strategy != GROUPED:
+            if not _is_grouped(eval_dataset, self.args):
                 return super()._get_eval_sampler(eval_dataset)
             return by_length(eval_dataset, self.args, batch=self.args.eval_batch_size)
 
@@ -101,6 +101,11 @@ def prepared(cls: Any) -> Any:
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
         setattr(Prepared, name, getattr(cls, name))
     return Prepared
+
+
+def _is_grouped(dataset: Any, args: Any) -> bool:
+    """Tell whether rows of one length are to share a batch; an online trainer's prompts have an order of their own."""
+    return args.train_sampling_strategy == GROUPED and bool(set(SEQUENCES) & set(dataset.column_names))
 
 
 def _with_neighbours(dataset: "Dataset", args: Any) -> "Dataset":

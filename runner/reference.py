@@ -4,12 +4,12 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from runner import manifest
+from runner import launch, manifest
 from runner.encoding import digest_rows
 from runner.journal import JOURNAL
 
@@ -65,10 +65,11 @@ def share(trainer: Any, dataset: "Dataset", compute: Callable[[], "Dataset"]) ->
     if not str(trainer._precompute_model_hash).startswith(FIELD):  # not ours yet
         trainer._precompute_model_hash = f"{FIELD} {_digest_reference(trainer)}"
     dataset._fingerprint = digest_rows(dataset).hexdigest()[:32]
+    launch.tell_begun(Path(trainer.args.output_dir).parent)
     folder = Path(config.HF_DATASETS_CACHE, "runner")
-    try:
+    with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # encoding has told that nothing is kept
+    if not os.access(folder, os.W_OK):  # encoding has told that nothing is kept
         return compute()
     dataset._get_cache_file_path = lambda fingerprint: str(folder / f"reference-{fingerprint}.arrow")
     name = hashlib.sha256(f"{dataset._fingerprint} {trainer._precompute_model_hash}".encode()).hexdigest()[:32]
@@ -94,6 +95,7 @@ def _digest_reference(trainer: Any) -> str:
     if hasattr(model, "peft_config"):
         trained = {name for name, one in model.named_parameters() if one.requires_grad}
         weights = {name.replace(".base_layer", ""): one for name, one in weights.items() if name not in trained}
-    about = [getattr(trainer.args, field, None) for field in CHANGES]
+    about: list[Any] = [getattr(trainer.args, field, None) for field in CHANGES]
+    about += [{k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}]
     about += [model.config._attn_implementation, trainer.accelerator.device.type, torch.__version__, trl.__version__]
     return f"{hash_module(SimpleNamespace(state_dict=lambda: weights))} {about}"  # type: ignore[arg-type]

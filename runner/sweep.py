@@ -37,7 +37,8 @@ def main(hydra: Any, arguments: list[str]) -> None:
     given = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
     where = {"config_dir": given[0] if given else None, "config_name": hydra.job.config_name}
     directory = Path(hydra.sweep.dir)
-    arguments += [text for text in hydra.overrides.hydra if text.startswith(("hydra/launcher=", "hydra.launcher."))]
+    of_launcher = ("hydra/launcher=", "hydra.launcher.")
+    arguments += [text for text in hydra.overrides.hydra if text.lstrip("+").startswith(of_launcher)]
     GlobalHydra.instance().clear()  # trials are composed as runs are, which begins afresh
     try:
         code = run(search.read(arguments, **where), directory, arguments)
@@ -90,9 +91,11 @@ class Sweep:
     def run(self) -> int:
         """Run all trials and return the exit code."""
         search = self.plan.search
-        modules = ["runner.__main__", "runner.remote"] if self.plan.launcher else [*trials.PRELOAD, *self.plan.trainers]
-        remote.open_cluster(self.plan.launcher)
-        trials.warm(modules, self.plan.left_out)
+        if self.plan.launcher:
+            remote.open_cluster(self.plan.launcher)
+            trials.warm(["runner.__main__", "runner.remote"], None)
+        else:
+            trials.warm([*trials.PRELOAD, *self.plan.trainers], self.plan.left_out)
         say(f"{self.plan.trials} trials (search={search.sampler}) in {self.directory}")
         if self.left:
             say(f"Going on with trial{'s' * (len(self.left) > 1)} {', '.join(map(str, self.left))}")
@@ -177,6 +180,8 @@ class Sweep:
             crashed = status == "killed" and not self.signal
             if crashed and trial.tries <= self.plan.search.retries:
                 say(f"trial {trial.number} was killed ({cause}): it is tried again")
+                if trial.job.launcher:
+                    self.wait_for_end(Path(trial.job.run_dir))
                 trial.start()
                 continue
             self.running.remove(trial)

@@ -100,6 +100,8 @@ class Trial:
 
     def kill(self) -> None:
         """End it and its own processes at once."""
+        if self.job.launcher:
+            (Path(self.job.run_dir) / remote.LEADER).unlink(missing_ok=True)  # so that it ends elsewhere, too
         for end in (os.killpg, os.kill):  # it leads a group, unless it has not got so far
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 end(self.process.pid, signal.SIGKILL)
@@ -117,7 +119,8 @@ class Trial:
     def waits(self) -> bool:
         """Whether it has not begun to run, as in a scheduler's queue."""
         run_dir = Path(self.job.run_dir)
-        return not (run_dir / manifest.FILE).exists() or manifest.read(run_dir)["status"] == "created"
+        queued = ("created", "resumed", "preempted")
+        return not (run_dir / manifest.FILE).exists() or manifest.read(run_dir)["status"] in queued
 
     def ending(self) -> tuple[str, str]:
         """Return status and cause of a trial that has ended, and clean up after it."""
@@ -188,12 +191,12 @@ def _context() -> Any:
     return multiprocessing.get_context("forkserver" if server else "spawn")
 
 
-def warm(modules: list[str], left_out: str) -> None:
+def warm(modules: list[str], left_out: str | None) -> None:
     """Start the server without waiting for it, so that it imports while the first trial is prepared.
 
     Args:
         modules: What it imports.
-        left_out: Modules that none of them can ask for.
+        left_out: Modules that no trial can ask for; None: trials run elsewhere, in the environment of this process.
     """
     context = _context()
     if context.get_start_method() != "forkserver":
@@ -203,7 +206,7 @@ def warm(modules: list[str], left_out: str) -> None:
 
     # libraries read these as they are imported; asking for devices must not open one
     given = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-    given[lean.VARIABLE] = left_out
+    given = {**given, lean.VARIABLE: left_out} if left_out is not None else {}
     quiet = "ignore::UserWarning:multiprocessing.resource_tracker"  # of what a killed trial could not give back
     given["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
     before = {key: os.environ.get(key) for key in given}
@@ -247,7 +250,8 @@ def work(job: Job, leader: Any = None) -> None:
         if job.launcher:
             remote.lead(run_dir, list(job.launcher), job.config_dir)
         _take_place(run_dir)
-        _prepare_torch(job)
+        if job.threads:
+            _prepare_torch(job)
         code = go_on(run_dir, terminal=False)
     except ConfigError as error:
         sys.exit(str(error))
@@ -272,8 +276,7 @@ def _prepare_torch(job: Job) -> None:
 
     if torch.cuda._is_in_bad_fork():  # a library has opened the device in the server: begin afresh
         os.execv(sys.executable, [sys.executable, "-m", "runner.trials", json.dumps(asdict(job))])
-    if job.threads:
-        torch.set_num_threads(job.threads)
+    torch.set_num_threads(job.threads)
 
 
 def _outlive(leader: Any) -> None:

@@ -67,7 +67,7 @@ IMPORTS = {
     "tokens": {"data", "encoding", "errors"},
     "encoding": {"errors", "rows"},
     "prepared": {"batching", "data", "encoding", "lm_head", "reference"},
-    "reference": {"encoding", "journal", "manifest"},
+    "reference": {"encoding", "journal", "launch", "manifest"},
     "embedded": {"disk", "errors"},
     "models": {"disk", "embedded", "errors", "hardware", "hub"},
     "manifest": {"disk", "errors", "redaction"},
