@@ -268,9 +268,8 @@ def register(run_dir: Path) -> None:
 
 
 def tell_begun(run_dir: Path) -> None:
-    """Let the launcher know that this rank computes, if it is one of ours: ``start_timeout`` no longer counts."""
-    if is_ours():
-        (run_dir / "ranks" / f"{manifest.rank()}.begun").touch()
+    """Let the launcher know that this rank of ours computes: ``start_timeout`` no longer counts."""
+    (run_dir / "ranks" / f"{manifest.rank()}.begun").touch()
 
 
 def _end_with_parent() -> None:

@@ -49,7 +49,8 @@ class Preemption(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to finish steps."""
         self.training, self.last = True, time.monotonic()
-        launch.tell_begun(Path(args.output_dir).parent)
+        if launch.is_ours():
+            launch.tell_begun(Path(args.output_dir).parent)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop, if it is time to; a save at the end of an epoch waits for what that logs."""

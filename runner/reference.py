@@ -65,7 +65,8 @@ def share(trainer: Any, dataset: "Dataset", compute: Callable[[], "Dataset"]) ->
     if not str(trainer._precompute_model_hash).startswith(FIELD):  # not ours yet
         trainer._precompute_model_hash = f"{FIELD} {_digest_reference(trainer)}"
     dataset._fingerprint = digest_rows(dataset).hexdigest()[:32]
-    launch.tell_begun(Path(trainer.args.output_dir).parent)
+    if launch.is_ours():
+        launch.tell_begun(Path(trainer.args.output_dir).parent)
     folder = Path(config.HF_DATASETS_CACHE, "runner")
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
