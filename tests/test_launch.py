@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import test_resume
 import torch
@@ -297,10 +298,10 @@ def test_no_rank_is_left_behind_when_the_parent_is_killed(tmp_path):
     process.kill()
     until = time.monotonic() + 20
     for pid in [int(path.read_text()) for path in found]:
+        while psutil.pid_exists(pid) and time.monotonic() < until:
+            time.sleep(0.1)
         with pytest.raises(ProcessLookupError):
-            while time.monotonic() < until:
-                os.kill(pid, 0)
-                time.sleep(0.1)
+            os.kill(pid, 0)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])
