@@ -87,9 +87,11 @@ def plot(lines: Sequence[Line], path: str | Path, *, title: str, scores: Sequenc
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color="#1a202c")
         last = max(line["step"] for line in lines)
         for place, (name, metrics) in enumerate(chosen):
-            axes = figure.add_subplot(rows, columns, place + 1)
+            axes = figure.add_subplot(rows, columns, place + 1, sharex=figure.axes[0] if figure.axes else None)
             axes.set_title(name, loc="left", y=1.0, color="#2d3748")
-            axes.locator_params(nbins=6)
+            axes.locator_params("x", nbins=4, integer=True)  # ticks are most of what drawing costs
+            axes.locator_params("y", nbins=4)
+            axes.tick_params(labelbottom=place + columns >= len(chosen))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.set_xlim(-0.02 * max(last, 1), 1.02 * max(last, 1))
             if place + columns >= len(chosen):

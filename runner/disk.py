@@ -1,8 +1,12 @@
 """Files that are whole or not there, and known by what is in them."""
 
 import hashlib
+import marshal
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 
 def write(path: Path, text: str) -> None:
@@ -26,3 +30,22 @@ def digest(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def kept(file: Path, about: Any, make: Callable[[], Any]) -> Any:
+    """Return plain data from a file that is named after what it follows from, or make it and keep it there.
+
+    Args:
+        file: Its name gets a digest.
+        about: All that the data follows from; its ``repr`` tells.
+        make: Makes the data: numbers, texts and collections of them.
+    """
+    file = file.with_name(f"{file.name}-{hashlib.sha256(repr(about).encode()).hexdigest()[:12]}")
+    with suppress(OSError, ValueError, EOFError, TypeError):
+        return marshal.loads(file.read_bytes())
+    found = make()
+    with suppress(OSError, ValueError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        (scratch := file.with_name(f"{file.name}.{os.getpid()}")).write_bytes(marshal.dumps(found))
+        scratch.replace(file)
+    return found

@@ -132,6 +132,7 @@ class Model:
         kept_checkpointed: the same where activations are recomputed: every layer's input, and one layer.
         cache: bytes of a token's keys and values.
         vocabulary: entries.
+        hidden: size of a token between the layers.
         head: of the output layer where it trains; its gradient is there from the start of the backward pass.
         context: tokens that the model can read; 0 where it does not say.
         unit: bytes of the largest piece that is gathered at a time where weights are split: a layer, or the embedding.
@@ -147,6 +148,7 @@ class Model:
     kept_checkpointed: float
     cache: float
     vocabulary: int
+    hidden: int
     head: int
     context: int
     unit: float = 0

@@ -62,10 +62,10 @@ def count_models(
     frozen = bool(config["peft"]) or bool(config["quantization"])
     dtype = hardware.weights_dtype(config["model"].get("dtype", "auto"), frozen=frozen, device=device)
     kind: dict[str, Any] = {"adapter": adapter, "classifier": trainer == "reward", "dtype": dtype}
-    model = skeleton.build(config["model"], tokenizer=tokenizer, **kind)
     work = estimate.work_of(trainer, arguments, audit=audit, samples=config["samples"], held_out=0, copies=0)
     shape = {"arguments": arguments, "sequences": work.sequences, "length": max(2, round(work.length))}
-    policy = skeleton.measure(model, quantization=config["quantization"] or None, **shape)
+    quantization = config["quantization"] or None
+    policy = skeleton.count(config["model"], tokenizer=tokenizer, quantization=quantization, **kind, **shape)
     judges = reach.reward_models(config["reward"]) if estimate.answers_prompts(arguments) else {}
     judges = {key: node for key, node in judges.items() if f"{key}.name_or_path" not in absent}
     copies = _copies(policy, judges, trainer=trainer, arguments=arguments, adapted=adapter is not None)
@@ -74,9 +74,8 @@ def count_models(
     mode, value = config["trainer"].get("value_mode") or ("adapter" if config["peft"] else "separate"), None
     if mode == "separate":
         node = config.get("value_model") or _like_policy(judges, tokenizer) or config["model"]
-        value = skeleton.measure(skeleton.build(node, tokenizer=tokenizer, classifier=True), quantization=None, **shape)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return skeleton.with_value_function(policy, mode, base.config.get_text_config().hidden_size, value), copies
+        value = skeleton.count(node, tokenizer=tokenizer, quantization=None, classifier=True, **shape)
+    return skeleton.with_value_function(policy, mode, value), copies
 
 
 def _like_policy(judges: dict[str, Any], tokenizer: Any) -> dict[str, Any] | None:

@@ -2,24 +2,23 @@
 
 bitsandbytes costs each process two CPU seconds, and few runs use it: peft imports it wherever it is installed, and it
 drags in much of ``torch._inductor``. Where nothing in a config can ask for it, it is as if it were not installed.
+scipy and boto3 are imported by transformers and accelerate wherever they are found, for models of images and to ask
+about SageMaker: they are not found until that is over.
 Python looks for garbage in cycles every 700 new objects, of which the libraries make half a million that stay.
 And transformers reads the 1,600 modules of its models twice when it is imported, to see what is in them.
 """
 
 import gc
-import hashlib
 import importlib.metadata
 import json
-import marshal
-import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
+from runner import disk
 from runner.embedded import NAME as EMBEDDED
 from runner.embedded import cache_dir
 from runner.hub import REPO_ID
@@ -27,6 +26,7 @@ from runner.safety import RUN_CODE
 
 VARIABLE = "RUNNER_LEAVE_OUT"
 MODULE = "bitsandbytes"
+LATER = ("scipy", "boto3")  # are there again once ``settle`` was called
 FINDER = "create_import_structure_from_path"
 OPTIMIZERS = {None, "adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "rmsprop", "sgd"}  # torch's own
 
@@ -44,13 +44,17 @@ def begin(names: str) -> None:
     """
     if "torch" not in sys.modules:
         gc.disable()
-        sys.modules.update(dict.fromkeys(names.split()))  # type: ignore[arg-type]  # None: a module that is not there
+        for name in (*names.split(), *LATER):
+            sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # None: a module that is not there
         sys.meta_path.insert(0, _Watch())
         importlib.metadata.packages_distributions = cache(importlib.metadata.packages_distributions)
 
 
 def settle() -> None:
     """Once the libraries are imported: they are no garbage and are not searched again, but what comes after is."""
+    for name in LATER:
+        if sys.modules.get(name, name) is None:
+            del sys.modules[name]
     gc.freeze()
     gc.enable()
 
@@ -119,12 +123,4 @@ class _Watch:
 def _kept(find: Callable[[], Any], folder: Path, source: Path) -> Any:
     files = sorted([source, *folder.rglob("*.py")])
     seen = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
-    kept = cache_dir() / f"transformers-{hashlib.sha256(repr((sys.version, seen)).encode()).hexdigest()[:12]}"
-    with suppress(OSError, ValueError, EOFError, TypeError):
-        return marshal.loads(kept.read_bytes())
-    found = find()
-    with suppress(OSError, ValueError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        (scratch := kept.with_suffix(f".{os.getpid()}")).write_bytes(marshal.dumps(found))
-        scratch.replace(kept)
-    return found
+    return disk.kept(cache_dir() / "transformers", (sys.version, seen), find)

@@ -106,7 +106,7 @@ def create(run_dir: str | Path, *, argv: Sequence[str] | None = None, **fields: 
         "platform": _platform(),
         **fields,
     }
-    return _write(run_dir, manifest)
+    return _write(run_dir, scrub(_plain(manifest)))
 
 
 def read(run_dir: str | Path) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def update(run_dir: str | Path, **fields: Any) -> dict[str, Any]:
         if "status" in fields and fields["status"] != manifest.get("status"):
             event = {"status": fields["status"], "time": _now()}
             manifest["timeline"] = [*manifest.get("timeline", []), event]
-        return _write(run_dir, _merge(manifest, fields))
+        return _write(run_dir, _merge(manifest, scrub(_plain(fields))))  # what was there is clean
 
 
 def rank() -> int:
@@ -234,8 +234,7 @@ def recording(run_dir: str | Path) -> Iterator[None]:
 
 
 def _write(run_dir: str | Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Write a manifest in plain JSON, without secrets; only the first rank does."""
-    manifest = scrub(_plain(manifest))
+    """Write a manifest; only the first rank does."""
     if rank():
         return manifest
     text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
@@ -310,9 +309,18 @@ def _peak_memory() -> dict[str, int]:
 
 
 def _packages() -> dict[str, str]:
-    """Return the version of all that is installed; each one's metadata is read once."""
-    found = (dist.metadata for dist in importlib.metadata.distributions())
-    return dict(sorted((about["Name"].lower(), about["Version"]) for about in found))
+    """Return the version of all that is installed, from the names of its folders where they tell it: much faster.
+
+    Source: https://packaging.python.org/en/latest/specifications/recording-installed-packages/
+    """
+    found: dict[str, str] = {}
+    for dist in importlib.metadata.distributions():
+        folder = Path(getattr(dist, "_path", ""))
+        name, _, version = folder.stem.partition("-") if folder.suffix == ".dist-info" else ("", "", "")
+        if not version:
+            name, version = dist.metadata["Name"], dist.metadata["Version"]
+        found.setdefault(name.lower().replace("_", "-"), version)  # the first is the one that is imported
+    return dict(sorted(found.items()))
 
 
 def _platform() -> dict[str, Any]:

@@ -3,13 +3,16 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from runner import adapters, hardware, hub, models
+from runner import adapters, disk, hardware, hub, models
+from runner.embedded import cache_dir
 from runner.errors import ConfigError
 from runner.estimate import Model
 
@@ -21,9 +24,13 @@ HEAP_PIECE, HOLES = 32 * 2**20, 1.75
 logger = logging.getLogger(__name__)
 
 
-def build(node: dict[str, Any], *, tokenizer: Any, adapter: Any = None, classifier: bool = False,
-          dtype: str = "float32") -> Any:  # fmt: skip
-    """Return a model on the meta device, from its config alone, with its adapter.
+def count(
+    node: dict[str, Any], *, tokenizer: Any, adapter: Any = None, classifier: bool = False, dtype: str = "float32",
+    **shape: Any,
+) -> Model:  # fmt: skip
+    """Return what a model of ``build`` is made of, from the disk if it was counted before.
+
+    Trials of a sweep, and a run after its check, need the same. The file is named after what it follows from.
 
     Args:
         node: the model's config node.
@@ -31,27 +38,60 @@ def build(node: dict[str, Any], *, tokenizer: Any, adapter: Any = None, classifi
         adapter: an adapter's config for it, or None.
         classifier: whether it gives a score instead of text.
         dtype: of its weights.
+        shape: the other arguments of ``measure``.
 
     Raises:
         ConfigError: its config cannot be read, or the adapter does not fit.
     """
-    from peft import PeftConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    def make() -> Model:
+        model = build(node, tokenizer=tokenizer, adapter=adapter, classifier=classifier, dtype=dtype)
+        return measure(model, **shape)
+
+    if node.get("trust_remote_code"):
+        return make()
+    config, _ = _read_config(node, classifier=classifier)
+    arguments = shape["arguments"]
+    about = [config.to_json_string(use_diff=False), node.get("attn_implementation"), len(tokenizer), classifier, dtype]
+    about += [adapter and sorted(adapter.to_dict().items()), shape["sequences"], shape["length"], shape["quantization"]]
+    about += [arguments.use_cpu, hardware.device_type(use_cpu=arguments.use_cpu), arguments.bf16, arguments.fp16]
+    about += [*map(version, ("torch", "transformers", "peft")), Path(__file__).read_text(encoding="utf-8")]
+    return Model(**disk.kept(cache_dir() / "counted", about, lambda: asdict(make())))
+
+
+def _read_config(node: dict[str, Any], *, classifier: bool) -> tuple[Any, str]:
+    """Return a model's config, and where it is; of an adapter's folder, that of its base, which it is merged into."""
+    from peft import PeftConfig
+    from transformers import AutoConfig
     from transformers.utils import find_adapter_config_file
 
     revision, trust = node.get("revision"), bool(node.get("trust_remote_code"))
     path = models.local_path(node["name_or_path"], revision)
     with hub.explained(path, key=models.KEY):
-        if find_adapter_config_file(path, revision=revision):  # the run merges it into its base
+        if find_adapter_config_file(path, revision=revision):
             base = PeftConfig.from_pretrained(path, revision=revision)
             path, revision = models.local_path(str(base.base_model_name_or_path), base.revision), base.revision
         labels = {"num_labels": 1} if classifier else {}
         config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=trust, **labels)
-        auto: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-        attention = {"attn_implementation": node.get("attn_implementation")}
-        with torch.device("meta"):
-            model = auto.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust, **attention)
-            models.fit_embedding(model, tokenizer)
+    return config, path
+
+
+def build(node: dict[str, Any], *, tokenizer: Any, adapter: Any = None, classifier: bool = False,
+          dtype: str = "float32") -> Any:  # fmt: skip
+    """Return a model on the meta device, from its config alone, with its adapter; arguments are those of ``count``.
+
+    Raises:
+        ConfigError: its config cannot be read, or the adapter does not fit.
+    """
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    config, path = _read_config(node, classifier=classifier)
+    auto: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    options = {"trust_remote_code": bool(node.get("trust_remote_code")), "dtype": getattr(torch, dtype)}
+    with hub.explained(path, key=models.KEY), torch.device("meta"):
+        model = auto.from_config(config, attn_implementation=node.get("attn_implementation"), **options)
+        models.fit_embedding(model, tokenizer)
     if adapter is None:
         return model
     adapters.check_adapter(model, adapter)
@@ -100,6 +140,7 @@ def measure(model: Any, *, sequences: int, length: int, quantization: dict[str, 
         kept_checkpointed=4 * config.hidden_size * layers + kept / layers,
         cache=2 * width * layers * min(size, half),
         vocabulary=config.vocab_size,
+        hidden=config.hidden_size,
         head=output.weight.numel() if output is not None and output.weight.requires_grad else 0,
         context=getattr(config, "max_position_embeddings", None) or 0,
         unit=max(weights / layers, base.get_input_embeddings().weight.nbytes),
@@ -107,19 +148,18 @@ def measure(model: Any, *, sequences: int, length: int, quantization: dict[str, 
     )
 
 
-def with_value_function(found: Model, mode: str, hidden: int, value: Model | None) -> Model:
+def with_value_function(found: Model, mode: str, value: Model | None) -> Model:
     """Add PPO's value function to a policy.
 
     Args:
         found: the policy.
         mode: ``shared``, ``adapter`` or ``separate``.
-        hidden: size of the policy's layers, which a head reads.
         value: the model of ``separate``.
     """
     if value is not None:
         more, bytes_more = value.parameters, 4 * value.parameters
     else:
-        more = hidden + 1 + (found.trainable if mode == "adapter" else 0)
+        more = found.hidden + 1 + (found.trainable if mode == "adapter" else 0)
         bytes_more = 4 * more
     return replace(
         found,

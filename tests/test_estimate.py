@@ -10,7 +10,7 @@ from runner.tokens import pack
 # 1,000 numbers, all trained, in float32: 4,000 bytes, as many of gradients, 8,000 of Adam
 MODEL = Model(
     parameters=1000, trainable=1000, by_module={}, weights=4000, loading=0, kept=100, kept_checkpointed=10, cache=6,
-    vocabulary=50, head=200, context=512,
+    vocabulary=50, hidden=20, head=200, context=512,
 )  # fmt: skip
 WORK = Work(trainer="sft", sequences=4, length=10, scored=8)
 

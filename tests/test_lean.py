@@ -62,6 +62,12 @@ def test_what_is_left_out_is_not_there_for_the_libraries():
 
 
 @pytest.mark.slow
+def test_what_libraries_import_because_it_is_there_is_not_imported_but_is_there_afterwards():
+    begun = "from runner import lean\nlean.begin('')\nimport runner.run\nprint(sys.modules['scipy'], end=' ')\n"
+    assert said(begun + "lean.settle()\nimport scipy\nprint(scipy.__name__)") == "None scipy\n"
+
+
+@pytest.mark.slow
 def test_what_transformers_finds_in_itself_is_kept_and_found_again_when_it_is_damaged(tmp_path):
     watched = "from runner import lean\nlean.begin('')\nimport hashlib, transformers, transformers.models as models\n"
     watched += "print(hashlib.sha256(repr(sorted(dir(transformers) + dir(models))).encode()).hexdigest())"

@@ -145,6 +145,7 @@ def test_a_manifest_that_cannot_be_written_does_not_hide_the_fault(tmp_path):
 
 def test_no_secret_reaches_the_manifest(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "swordfish")
+    monkeypatch.chdir(tmp_path)  # outside of a repository, whose differences are recorded
     manifest.create(tmp_path, argv=["trainer.hub_token=hunter2", "model.pad_token=<pad>"], note="swordfish")
     with pytest.raises(OSError, match="swordfish"), manifest.recording(tmp_path):
         raise OSError("https://me:hunter2@host said swordfish")
