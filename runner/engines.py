@@ -6,9 +6,9 @@ What they are told, what is known not to work with them, and what they lack on t
 import re
 from importlib.metadata import requires
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
+from runner import hardware
 from runner.errors import ConfigError
 
 # The nodes of ``launch`` whose keys are the fields of an accelerate class.
@@ -95,11 +95,9 @@ def find_missing(node: dict[str, Any], *, processes: int, use_cpu: bool) -> list
     """
     if node.get("deepspeed") and not find_spec("deepspeed"):
         return ["launch.deepspeed needs DeepSpeed, which is not installed: type pip install 'runner[deepspeed]'."]
-    if chosen(node) is None and not Path("/proc/driver/nvidia").exists():
+    if chosen(node) is None and not hardware.GPUS.exists():
         return []  # whether there are devices need not be asked of torch, whose import takes seconds
     import torch
-
-    from runner import hardware
 
     device, count = hardware.device_type(use_cpu=use_cpu), torch.cuda.device_count()
     if device == "cpu" and node.get("fsdp"):  # Source: accelerate 1.15, AcceleratorState, by its distributed_type

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 CPUINFO = Path("/proc/cpuinfo")  # Linux only
+GPUS = Path("/proc/driver/nvidia/gpus")  # of the driver, whatever a process may use; Linux only
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, on Linux
 
 
@@ -85,6 +86,17 @@ def weights_dtype(dtype: str, *, frozen: bool, device: str) -> str:
     if dtype != "auto":
         return dtype
     return "bfloat16" if frozen and device != "cpu" and has_bf16(device) else "float32"
+
+
+def idle_gpus() -> str | None:
+    """Return what to say where the machine has GPUs and this process computes on the CPU all the same."""
+    if not (found := len(list(GPUS.glob("*")))) or device_type() != "cpu":
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    why = "this PyTorch cannot use them: see python -c 'import torch; torch.cuda.init()'"
+    if visible is not None:
+        why = f"CUDA_VISIBLE_DEVICES={visible!r} hides them (a launcher sets it: ask it for GPUs)"
+    return f"{found} GPUs of this machine stay idle, and the CPU trains: {why}. trainer.use_cpu=true says it is meant."
 
 
 def device_type(*, use_cpu: bool = False) -> str:

@@ -79,6 +79,8 @@ def build_arguments(
         return build(node, **chosen, **fixed, class_fields={"world_size": planned}), chosen
     arguments = build(node, **{**chosen, **fixed, **engines.fields(launch or {})})
     engines.tell(arguments, launch or {})
+    if not node.get("use_cpu") and (idle := hardware.idle_gpus()):
+        logger.warning("%s", idle)
     if arguments.world_size != processes:
         raise ConfigError(f"{processes} processes were started and {arguments.world_size} would train together.")
     return arguments, chosen | reference.choose(arguments, node, rows=rows, run_dir=run_dir)

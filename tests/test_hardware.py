@@ -108,3 +108,22 @@ def test_the_machine_is_described():
     assert found["cores"] == cores() >= 1
     assert found["cpu"]
     assert bool(found["accelerators"]) == (found["device"] != "cpu")
+
+
+@pytest.mark.parametrize(("visible", "answer"), [("", "CUDA_VISIBLE_DEVICES='' hides them"), (None, "cannot use them")])
+def test_gpus_that_stay_idle_are_told_of(visible, answer, cpu_only, tmp_path, monkeypatch):
+    assert hardware.idle_gpus() is None
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(hardware, "GPUS", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert "2 GPUs" in hardware.idle_gpus()
+    assert answer in hardware.idle_gpus()
+
+
+def test_gpus_that_train_are_not_idle(cuda, tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr(hardware, "GPUS", tmp_path)
+    assert hardware.idle_gpus() is None
