@@ -87,7 +87,8 @@ def start(run_dir: Path, here: dict[str, Any] | None = None) -> float | None:
     config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
     config["launch"] = here or config.get("launch") or {}
     lean.begin(lean.left_out(config))
-    launch.refuse(config)
+    with launch.leading(config["launch"]):
+        launch.refuse(config)
     if launch.is_needed(config["launch"]):
         metrics = launch.launch(run_dir, config["launch"])
     else:
@@ -115,11 +116,17 @@ def main() -> None:
         task()
         return
     try:
-        if (led := led_to(sys.argv[1:])) is not None:
+        node = find_launch(sys.argv[1:])
+        if (led := led_to(sys.argv[1:], node)) is not None:
             sys.exit(go_on(*led))
-        if (run_dir := find_resumed(sys.argv[1:])) is not None:
+        from runner import launch
+
+        with launch.leading(node):
+            run_dir = find_resumed(sys.argv[1:])
+            if run_dir is None:
+                sys.argv[1:] = prepare(without_resume(sys.argv[1:]), again="resume=auto" in sys.argv[1:])
+        if run_dir is not None:
             sys.exit(go_on(run_dir))
-        sys.argv[1:] = prepare(without_resume(sys.argv[1:]), again="resume=auto" in sys.argv[1:])
     except (ConfigError, RunStopped) as error:
         sys.stderr.write(f"runner: {error}\n")
         sys.exit(console.exit_code(error))
@@ -127,22 +134,23 @@ def main() -> None:
     task()
 
 
-def led_to(argv: list[str]) -> tuple[Path, dict[str, Any] | None] | None:
+def led_to(argv: list[str], node: dict[str, Any]) -> tuple[Path, dict[str, Any] | None] | None:
     """Return the directory that another process or machine makes, where this one is not the first of a run.
 
+    Args:
+        argv: The command line.
+        node: What ``launch`` is on this machine.
+
     Returns:
-        The directory, and what ``launch`` is on this machine, for ``start``; None for the first.
+        The directory, and ``node``, for ``start``; None for the first.
 
     Raises:
-        ConfigError: The config has faults, or the launcher has lost processes.
-        RunStopped: The first machine is not to be found.
+        ConfigError: The launcher has lost processes, or the first process was refused.
+        RunStopped: The first process is not to be found, or failed.
     """
     from runner import launch, manifest
 
     launch.refuse_lost()
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    several = "WORLD_SIZE" not in os.environ and (tasks > 1 or any("launch" in word for word in argv))
-    node = find_launch(argv) if several else {}
     launch.adopt_tasks(node)
     if launch.is_led():
         if compose.parse_arguments(without_resume(argv)).multirun:
@@ -155,7 +163,10 @@ def led_to(argv: list[str]) -> tuple[Path, dict[str, Any] | None] | None:
 
 
 def find_launch(argv: list[str]) -> dict[str, Any]:
-    """Return the ``launch`` node of a command line, or of the run that it resumes; empty where it starts no run."""
+    """Return the ``launch`` node of a command line, or of the run that it resumes; empty where none is needed."""
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if "WORLD_SIZE" in os.environ or (tasks == 1 and not any("launch" in word for word in argv)):
+        return {}
     arguments = compose.parse_arguments(without_resume(argv))
     if arguments.multirun or arguments.cfg or arguments.help or arguments.info:
         return {}

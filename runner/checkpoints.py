@@ -67,7 +67,7 @@ class Checkpoints(TrainerCallback):
         self.order = found.pop("order").cpu()
         self.trainer.model.train(found.pop("training"))  # by which trl tells what it logs at the end
         self._find_best(self.resumed, state)
-        sampler: Any = getattr(getattr(kwargs.get("train_dataloader"), "batch_sampler", None), "sampler", None)
+        sampler = _sampler(kwargs.get("train_dataloader"))
         if type(sampler).__name__ == "RepeatSampler" and getattr(sampler, "shuffle", False):
             for _ in range(int(state.epoch)):  # orders of the epochs that are over: trl draws one after the other
                 torch.randperm(sampler.num_samples, generator=sampler.generator)
@@ -268,6 +268,13 @@ def _refuse_parts(args: Any, resumed: Path) -> None:
             f"{resumed} cannot be resumed by {args.world_size} processes: DeepSpeed has cut it into the parts of "
             f"{before}. Start as many."
         )
+
+
+def _sampler(loader: Any) -> Any:
+    """Return what orders the rows of a loader, also where each process takes its share of the batches."""
+    while hasattr(loader, "batch_sampler"):
+        loader = loader.batch_sampler
+    return getattr(loader, "sampler", None)
 
 
 def _rows(args: Any) -> int:

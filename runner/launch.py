@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -29,6 +30,8 @@ from runner.errors import ConfigError, RunPreempted, RunPruned, RunStopped
 INSIDE = "RUNNER_LAUNCHED"  # in the ranks that this module starts, and their agent: the process that started them
 GRACE = 5  # seconds that the other ranks have when one has failed
 POLL = 0.2  # seconds
+FAREWELL = 60  # seconds that a process which ends before there is a run waits for the others to hear of it
+ENDED = "ended with "  # no path: all that are shared are absolute
 stores: list[Any] = []  # of the first rank, for as long as the others may ask
 
 logger = logging.getLogger(__name__)
@@ -295,16 +298,11 @@ def meet(node: dict[str, Any], run_dir: Path | None) -> Path:
         run_dir: The first machine's, made and written; None on the others, which wait for it.
 
     Raises:
-        RunStopped: The first machine did not tell it in time.
+        ConfigError, RunStopped: The first machine did not tell it in time, or ended without one.
+        SystemExit: It ended well without one.
     """
     where, seconds = place(node), float(node.get("start_timeout") or 600)
-    try:
-        return _share(run_dir, where.host, where.port + 1, hosts=run_dir is not None, seconds=seconds)
-    except (RuntimeError, TimeoutError) as error:
-        raise RunStopped(
-            f"machine {where.rank} of {where.nodes} did not meet the first at {where.host}, port {where.port + 1}: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+    return _share(run_dir, where.host, where.port + 1, hosts=run_dir is not None, seconds=seconds)
 
 
 def is_led() -> bool:
@@ -317,19 +315,68 @@ def agree(run_dir: Path | None) -> Path:
 
     Args:
         run_dir: The first rank's, made and written; None on the others, which wait for it.
+
+    Raises:
+        ConfigError, RunStopped, SystemExit: As ``meet`` has them.
     """
+    return _share(run_dir, *_meeting_of_launcher(hosts=run_dir is not None))
+
+
+def _meeting_of_launcher(*, hosts: bool) -> tuple[str, int, bool]:
+    """Return host and port of the store that somebody else's launcher has, or that we put beside it; who hosts it."""
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    port = int(os.environ["MASTER_PORT"]) + (0 if agent else 1)
-    return _share(run_dir, os.environ["MASTER_ADDR"], port, hosts=not agent and run_dir is not None)
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + (0 if agent else 1), hosts and not agent
 
 
-def _share(run_dir: Path | None, host: str, port: int, *, hosts: bool, seconds: float = 300) -> Path:
+@contextlib.contextmanager
+def leading(node: dict[str, Any]) -> Iterator[None]:
+    """Let those that wait for this process's run directory end as it does, where it ends before it has one."""
+    try:
+        yield
+    except BaseException as error:
+        where = place(node)
+        others = int(os.environ["WORLD_SIZE"]) - 1 if is_led() else where.nodes - 1
+        if others and not stores:
+            code = (error.code or 0) if isinstance(error, SystemExit) else 2 if isinstance(error, ConfigError) else 1
+            meeting = _meeting_of_launcher(hosts=True) if is_led() else (where.host, where.port + 1, True)
+            with contextlib.suppress(RuntimeError):  # none is left that waits
+                _tell_end(code, others, *meeting)
+        raise
+
+
+def _tell_end(code: Any, others: int, host: str, port: int, hosts: bool) -> None:
+    """Say that there will be no run directory, and stay until the others have heard it, or seem to be gone."""
+    store = _open_store(host, port, hosts, FAREWELL)
+    store.set("runner/run_dir", f"{ENDED}{code}")
+    late = time.monotonic() + FAREWELL
+    while store.add("runner/heard", 0) < others and time.monotonic() < late:
+        time.sleep(POLL)
+
+
+def _share(run_dir: Path | None, host: str, port: int, hosts: bool, seconds: float = 300) -> Path:
+    try:
+        store = _open_store(host, port, hosts, seconds)
+        if run_dir is not None:
+            store.set("runner/run_dir", str(run_dir))
+        told = store.get("runner/run_dir").decode()
+    except (RuntimeError, TimeoutError) as error:
+        raise RunStopped(
+            f"The first process of this run is not to be met at {host}, port {port}: {str(error).splitlines()[0]}"
+        ) from error
+    if told.startswith(ENDED):
+        store.add("runner/heard", 1)
+        code, text = told.removeprefix(ENDED), "The first process of this run ended with exit code {}, see there"
+        if code == "0":
+            sys.exit(0)
+        raise (ConfigError if code == "2" else RunStopped)(text.format(code))
+    stores.append(store)
+    return Path(told)
+
+
+def _open_store(host: str, port: int, hosts: bool, seconds: float) -> Any:
     from torch.distributed import TCPStore
 
-    stores.append(TCPStore(host, port, is_master=hosts, timeout=timedelta(seconds=seconds), wait_for_workers=False))
-    if run_dir is not None:
-        stores[-1].set("runner/run_dir", str(run_dir))
-    return Path(stores[-1].get("runner/run_dir").decode())
+    return TCPStore(host, port, is_master=hosts, timeout=timedelta(seconds=seconds), wait_for_workers=False)
 
 
 def adopt_tasks(node: dict[str, Any]) -> None:

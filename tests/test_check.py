@@ -1,11 +1,11 @@
 """What a check says before a run: tiny models, rows that are broken on purpose, numbers by hand."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from commands import run as command
 from tiny import TEMPLATE, save_tiny
 
 from runner import compose, manifest
@@ -393,21 +393,17 @@ def test_a_wrong_word_of_the_check_is_refused(word, answer):
 
 
 def test_faults_end_with_exit_code_2_and_no_traceback():
-    done = subprocess.run(
-        [sys.executable, "-m", "runner.check", "trainer.bta=1", "dataset.max_value=many"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "2 faults" in done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
+    code, said = command("trainer.bta=1", "dataset.max_value=many", module="runner.check")
+    assert code == 2
+    assert "2 faults" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow
 def test_a_run_may_be_probed_first_but_not_a_sweep(base, tmp_path):
     words = [*base, "trainer.max_steps=2", "dataset.train_rows=32", "dataset.eval_rows=4", "probe=true"]
-    command = [sys.executable, "-m", "runner", *words, f"output_dir={tmp_path / 'run'}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.index("a step") < done.stdout.index("trained 2 steps")
+    code, said = command(*words, f"output_dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert code == 0, said
+    assert said.index("a step") < said.index("trained 2 steps")
     with pytest.raises(ConfigError, match="probe=true looks at one run"):
         prepare(["-m", *words, "seed=1,2"])

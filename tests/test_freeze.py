@@ -1,10 +1,9 @@
 import math
 import shutil
-import subprocess
-import sys
 
 import pytest
 import yaml
+from commands import run as command
 from test_run import extras, start
 
 from runner import compose, manifest
@@ -96,14 +95,13 @@ def test_a_frozen_run_can_be_run_again_and_compared(llama_dir, tmp_path, conf):
     low, high = yaml.safe_load(path.read_text())["expect"]["eval_loss"]
     assert low < metrics["eval_loss"] < high
     assert high - low == pytest.approx(0.02 * metrics["eval_loss"], rel=0.01)
-    command = [sys.executable, "-m", "runner", f"--config-dir={conf}", "experiment=mine", "check_expected=true"]
-    for words, code, said in [
-        ([], 0, "All metrics are as expected"),
-        (["trainer.learning_rate=1e-6"], 1, "not as expected: eval_loss is"),
-    ]:
-        done = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == code, done.stderr
-        assert said in done.stdout
+    given = [f"--config-dir={conf}", "experiment=mine", "check_expected=true"]
+    code, said = command(*given, cwd=tmp_path)
+    assert code == 0, said
+    assert "All metrics are as expected" in said
+    code, said = command(*given, "trainer.learning_rate=1e-6", cwd=tmp_path)
+    assert code == 1, said
+    assert "not as expected: eval_loss is" in said
 
 
 @pytest.mark.slow

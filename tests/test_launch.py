@@ -1,22 +1,21 @@
 """Several real processes for one run, over gloo."""
 
-import contextlib
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
-import test_resume
 import torch
+from commands import Command, free_ports, run_ranks
 from safetensors.torch import load_file
-from test_resume import logged, wait_for
+from test_resume import logged
 from test_run import SMALL, extras, losses, start
 
 from runner import checkpoints, compose, launch, manifest, resume
@@ -40,38 +39,36 @@ def begin(tmp_path, *overrides, name="run"):
     return run_dir, composed.config["launch"]
 
 
-def spawn(tmp_path, *words):
-    return test_resume.spawn(tmp_path, *SMALL, *STEPS, *words, f"output_dir={tmp_path / 'run'}")
+def spawn(tmp_path, *words, **options):
+    return Command(*SMALL, *STEPS, *words, f"output_dir={tmp_path / 'run'}", cwd=tmp_path, **options)
 
 
 # Draws that do not depend on which process draws: of a group's two answers one gets the likeliest token, one the next.
 DRAWS = """
-import sys
-def patch(torch):
-    def draw(likely, num_samples, **options):
-        return likely.topk(2).indices.gather(1, (torch.arange(len(likely)) % 2).unsqueeze(1))
-    torch.multinomial = draw
+import torch
+def draw(likely, num_samples, **options):
+    return likely.topk(2).indices.gather(1, (torch.arange(len(likely)) % 2).unsqueeze(1))
+torch.multinomial = draw
 """
 
 
-def draw_alike(tmp_path, monkeypatch):
-    """Let this process and the ranks that it starts sample by rank order, as DRAWS says."""
-    hook = "import os\nif 'RANK' in os.environ:\n    import runner, torch\n    patch(torch)\n"
-    (tmp_path / "sitecustomize.py").write_text(DRAWS + hook)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
-    monkeypatch.setattr(torch, "multinomial", torch.multinomial)
-    exec(DRAWS + "patch(torch)", {"torch": torch})
+def in_ranks(run_dir, first=""):
+    """Run a directory in two ranks, as the processes that ``launch`` starts; ``first`` is run in each before."""
+    (run_dir / "ranks").mkdir(exist_ok=True)
+    own = f"import os\nos.environ['{launch.INSIDE}'] = str(os.getppid())\n"
+    run_ranks(run_dir, module="runner.run", first=own + first)
 
 
 @pytest.mark.parametrize("trainer", ["sft", "dpo", "grpo", "reward", "ppo"])
 def test_two_processes_train_as_one_does_on_the_same_global_batch(trainer, llama_dir, tmp_path, monkeypatch):
     options = [f"trainer={trainer}", f"model.name_or_path={llama_dir}", "global_batch_size=4", *extras(trainer)]
     if trainer == "grpo":
-        draw_alike(tmp_path, monkeypatch)
+        monkeypatch.setattr(torch, "multinomial", torch.multinomial)
+        exec(DRAWS, {})
     one, _ = start(tmp_path, *STEPS, *options, "trainer.per_device_train_batch_size=4", name="one")
-    two, node = begin(tmp_path, *options, *TWO, name="two")
-    metrics = launch.launch(two, node)
-    assert manifest.read(two)["metrics"] == metrics
+    two, _ = begin(tmp_path, *options, *TWO, name="two")
+    in_ranks(two, DRAWS if trainer == "grpo" else "")
+    assert manifest.read(two)["status"] == "completed"
     assert losses(two) == pytest.approx(losses(one), abs=1e-4)
     assert len(losses(two)) == 4
     norms = [[line["grad_norm"] for line in logged(run_dir) if "grad_norm" in line] for run_dir in (one, two)]
@@ -113,13 +110,13 @@ def test_a_rank_that_is_killed_ends_all_within_seconds_and_the_run_goes_on_where
     options = [f"model.name_or_path={llama_dir}", *TWO, "global_batch_size=4", "trainer.max_steps=40"]
     options += ["trainer.save_strategy=steps", "trainer.save_steps=5"]
     whole, node = begin(tmp_path, *options, name="whole")
-    launch.launch(whole, node)
+    in_ranks(whole)
     process = spawn(tmp_path, *options)
-    wait_for(process, "step 12/")
+    process.wait_for("step 12/")
     run_dir = tmp_path / "run"
     os.kill(int((run_dir / "ranks" / "1.pid").read_text()), signal.SIGKILL)
     start = time.monotonic()
-    process.communicate()
+    process.end()
     assert time.monotonic() - start < 30
     assert process.returncode == 1
     assert manifest.read(run_dir)["cause"] == "rank 1 was killed by SIGKILL"
@@ -152,12 +149,25 @@ def test_a_step_keeps_its_rows_when_a_run_goes_on_with_another_number_of_process
         run(run_dir)
 
 
+@pytest.mark.parametrize("trainer", ["grpo", "rloo"])
+def test_ranks_that_go_on_in_a_later_epoch_read_what_they_would_have_read(trainer, llama_dir, tmp_path):
+    options = [f"trainer={trainer}", f"model.name_or_path={llama_dir}", *extras(trainer), "trainer.max_steps=7",
+               "trainer.per_device_train_batch_size=4"]  # fmt: skip
+    whole, _ = begin(tmp_path, *options, *TWO, "trainer.save_strategy=steps", "trainer.save_steps=6", name="whole")
+    in_ranks(whole)  # an epoch has four steps
+    parts = Path(shutil.copytree(whole, tmp_path / "parts"))
+    shutil.rmtree(parts / "checkpoints" / "checkpoint-7")
+    manifest.update(parts, status="failed")
+    in_ranks(parts)
+    assert manifest.read(parts)["result_sha256"] == manifest.read(whole)["result_sha256"]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_the_parent_lets_all_ranks_end_at_one_step_with_one_checkpoint(number, code, llama_dir, tmp_path):
     process = spawn(tmp_path, f"model.name_or_path={llama_dir}", *TWO, "trainer.max_steps=300")  # fmt: skip
-    wait_for(process, "step 12/")
+    process.wait_for("step 12/")
     process.send_signal(number)
-    said = process.communicate()[0]
+    said = process.end()
     assert process.returncode == code, said
     record = manifest.read(tmp_path / "run")
     last = max(line["step"] for line in logged(tmp_path / "run"))
@@ -173,8 +183,8 @@ def test_a_signal_before_the_ranks_begin_is_no_failure(llama_dir, tmp_path):
     while not (tmp_path / "run" / "ranks" / "agent.log").exists():
         time.sleep(0.1)
     time.sleep(0.5)
-    process.terminate()
-    said = process.communicate()[0]
+    process.send_signal(signal.SIGTERM)
+    said = process.end()
     assert process.returncode == 143, said
     assert manifest.read(tmp_path / "run")["status"] == "preempted"
     assert manifest.read(tmp_path / "run")["cause"] == "stopped by SIGTERM"
@@ -218,8 +228,8 @@ def test_two_machines_share_a_run_whose_model_is_split(llama_dir, tmp_path, monk
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     words = [f"model.name_or_path={llama_dir}", "launch=fsdp2", "launch.processes=1", "launch.nodes=2"]
     words += [f"launch.rendezvous=127.0.0.1:{free_ports()}", "trainer.save_strategy=steps", "trainer.save_steps=2"]
-    machines = [spawn(tmp_path, *words, f"launch.node_rank={rank}") for rank in (1, 0)]
-    said = [machine.communicate()[0] for machine in machines]
+    machines = [spawn(tmp_path, *words, f"launch.node_rank={rank}", first=DEVICES) for rank in (1, 0)]
+    said = [machine.end() for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
     two = tmp_path / "run"
     assert losses(two) == pytest.approx(losses(one), abs=1e-4)
@@ -231,19 +241,19 @@ def test_two_machines_share_a_run_whose_model_is_split(llama_dir, tmp_path, monk
         torch.testing.assert_close(a[name], b[name], atol=2e-3, rtol=0)
 
 
-def free_ports():
-    """Return a port that is free, and the next one, too."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            with contextlib.suppress(OSError):
-                second.bind(("127.0.0.1", port + 1))
-                return port
-
-
 SLURM = {"SLURM_JOB_ID": "123456", "SLURM_STEP_NODELIST": "node[07-08,11],gpu3", "SLURM_LOCALID": "1",
          "SLURM_STEP_TASKS_PER_NODE": "2(x4)"}  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [ConfigError("no"), RunStopped("no"), SystemExit(0)])
+def test_other_machines_end_as_the_first_does_where_it_ends_before_there_is_a_run(error, monkeypatch):
+    node = {"nodes": 2, "node_rank": 0, "rendezvous": f"localhost:{free_ports()}", "start_timeout": 30}
+    monkeypatch.setattr(launch, "stores", [])
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(launch.meet, {**node, "node_rank": 1}, None)
+        with pytest.raises(type(error)), launch.leading(node):
+            raise error
+        assert type(other.exception(timeout=10)) is type(error)
 
 
 def in_slurm(monkeypatch, **variables):
@@ -306,19 +316,17 @@ def test_no_rank_is_left_behind_when_the_parent_is_killed(tmp_path):
 
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])
 def test_ranks_that_somebody_else_starts_share_one_directory(launcher, llama_dir, tmp_path):
-    words = ["-m", "runner", *SMALL, *STEPS, f"model.name_or_path={llama_dir}"]
-    started = [["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]]
-    told = [{}]
-    if launcher == "srun":  # which starts each task with nothing but these variables
+    words = [*SMALL, *STEPS, f"model.name_or_path={llama_dir}"]
+    if launcher == "torchrun":
+        started = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "runner", *words]
+        subprocess.run([sys.executable, *started], cwd=tmp_path, check=True)
+    else:  # which starts each task with nothing but these variables
         job = {**SLURM, "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "127.0.0.1"}
         job |= {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
-        told = [job | {"SLURM_PROCID": task, "SLURM_LOCALID": task} for task in "10"]
-        started = [words, words]
-    running = [
-        subprocess.Popen([sys.executable, *command], cwd=tmp_path, env={**os.environ, **variables})
-        for command, variables in zip(started, told, strict=True)
-    ]
-    assert not any([process.wait() for process in running])  # noqa: C419  all are waited for
+        told = [os.environ | job | {"SLURM_PROCID": task, "SLURM_LOCALID": task} for task in "10"]
+        tasks = [Command(*words, cwd=tmp_path, env=variables) for variables in told]
+        said = [task.end() for task in tasks]
+        assert [task.returncode for task in tasks] == [0, 0], said
     (found,) = (tmp_path / "outputs").glob("*/*/manifest.json")
     record = json.loads(found.read_text())
     assert (record["status"], record["processes"]) == ("completed", 2)

@@ -1,13 +1,11 @@
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import run_ranks
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -958,11 +956,7 @@ def report(trainer):
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
-    tests = Path(__file__).resolve().parent
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER.format(paths=[str(tests.parent), str(tests)], out=f"{tmp_path}/two_"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
-    subprocess.run(command, check=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run_ranks(first=WORKER.format(paths=[str(Path(__file__).resolve().parent)], out=f"{tmp_path}/two_"))
     for mode in ("adapter", "separate"):
         trainer = build(tmp_path / "one", per_device_train_batch_size=4, value_mode=mode, **shared_options())
         trainer.train()

@@ -2,12 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import psutil
 import pytest
+from commands import Command
 from test_run import lines
 from test_sweep import STEPPED, board, refusal, wait_until, words
 
@@ -40,8 +39,7 @@ def test_a_launcher_that_cannot_be_is_refused_before_the_first_trial(overrides, 
 
 
 def begin(folder, *overrides):
-    command = [sys.executable, "-m", "runner", "-m", *overrides, f"hydra.sweep.dir={folder}", "search.retries=0"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return Command("-m", *overrides, f"hydra.sweep.dir={folder}", "search.retries=0")
 
 
 @pytest.mark.slow
@@ -49,7 +47,7 @@ def test_two_workers_of_a_ray_cluster_prune_and_fail_as_trials_do_here(llama_dir
     given = words(llama_dir, *STEPPED, "hydra/launcher=ray", "search.n_jobs=2", "trainer.learning_rate=3e-2,1e38,1e-6")
     given += ["trainer.lr_scheduler_type=constant", "trainer.warmup_steps=0"]  # so that the second diverges at once
     sweep = begin(tmp_path, *given, "search.pruner=asha", "search.objective=eval_loss")
-    said, _ = sweep.communicate(timeout=280)
+    said = sweep.end()
     assert sweep.returncode == 0, said
     assert "3 trials: 1 completed, 1 pruned, 1 diverged (failures: 1)" in said
     assert [board(tmp_path)[number]["status"] for number in range(3)] == ["completed", "diverged", "pruned"]
@@ -59,12 +57,13 @@ def test_two_workers_of_a_ray_cluster_prune_and_fail_as_trials_do_here(llama_dir
 @pytest.mark.slow
 def test_a_job_that_its_scheduler_preempts_is_queued_again_and_goes_on(llama_dir, tmp_path):
     given = words(llama_dir, "hydra/launcher=submitit_local", "trainer.learning_rate=1e-3,1e38", "samples.rows=0")
+    given += ["search.n_jobs=2"]
     sweep = begin(tmp_path, *given, "trainer.max_steps=200", "trainer.eval_on_start=false")
     metrics = tmp_path / "0" / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and len(lines(metrics.parent)) > 3, 120)
     follower = psutil.Process(manifest.read(tmp_path / "0")["process"]).ppid()
     os.kill(follower, signal.SIGUSR2)
-    said, _ = sweep.communicate(timeout=280)
+    said = sweep.end()
     assert sweep.returncode == 0, said
     assert [board(tmp_path)[number]["status"] for number in range(2)] == ["completed", "diverged"]
     statuses = [entry["status"] for entry in manifest.read(tmp_path / "0")["timeline"]]

@@ -1,8 +1,7 @@
 import json
-import subprocess
-import sys
 
 import pytest
+from commands import run as command
 from test_run import BATCH, QUICK, SMALL, extras, start
 
 from runner import manifest, replay
@@ -26,9 +25,8 @@ def test_a_replay_in_another_place_with_other_workers_is_identical(trainer, llam
 
 def test_a_replay_of_a_sweeps_second_job_is_identical(llama_dir, tmp_path):
     words = [f"model.name_or_path={llama_dir}", *SMALL, *QUICK, *BATCH, "trainer.learning_rate=1e-2,1e-3"]
-    command = [sys.executable, "-m", "runner", "-m", *words, f"hydra.sweep.dir={tmp_path / 'sweep'}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    code, said = command("-m", *words, f"hydra.sweep.dir={tmp_path / 'sweep'}", cwd=tmp_path)
+    assert code == 0, said
     assert replay.replay(tmp_path / "sweep" / "1", **{"trainer.dataset_num_proc": 2}) is None
 
 

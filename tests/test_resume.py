@@ -2,13 +2,12 @@
 
 import json
 import signal
-import subprocess
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import torch
+from commands import Command
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from test_run import BATCH, SMALL, extras, start
@@ -259,22 +258,6 @@ def test_a_run_that_still_runs_is_left_alone(ended):
 # ---- real processes, real signals -----------------------------------------------------------------------------------
 
 
-def spawn(tmp_path, *words):
-    return subprocess.Popen(
-        [sys.executable, "-u", "-m", "runner", *words],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-def wait_for(process, text):
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if text in line:
-            return seen
-    raise AssertionError(f"{text!r} did not come:\n{seen}")
-
-
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143), (signal.SIGKILL, -9)],
@@ -284,10 +267,10 @@ def test_a_signal_ends_a_run_that_then_goes_on(number, code, llama_dir, tmp_path
         f"model.name_or_path={llama_dir}", *SMALL, *BATCH, "trainer.max_steps=60", "trainer.logging_steps=1",
         "trainer.save_strategy=steps", "trainer.save_steps=5", "output_dir=it", "trainer.lr_scheduler_type=constant",
     ]  # fmt: skip
-    process = spawn(tmp_path, *words)
-    wait_for(process, "step 12/")
+    process = Command(*words, cwd=tmp_path)
+    process.wait_for("step 12/")
     process.send_signal(number)
-    said = process.communicate()[0]
+    said = process.end()
     assert process.returncode == code, said
     status = manifest.read(tmp_path / "it")["status"]
     assert status == ("running" if number == signal.SIGKILL else "preempted")
@@ -297,8 +280,8 @@ def test_a_signal_ends_a_run_that_then_goes_on(number, code, llama_dir, tmp_path
         assert manifest.read(tmp_path / "it")["cause"] == f"stopped by {number.name}, at step {last}"
     run_dir = "it" if number != signal.SIGTERM else "auto"
     changed = ["trainer.max_steps=65", *(words if run_dir == "auto" else [])]
-    again = spawn(tmp_path, *[w for w in changed if w != "trainer.max_steps=60"], f"resume={run_dir}")
-    said = again.communicate()[0]
+    again = Command(*[w for w in changed if w != "trainer.max_steps=60"], f"resume={run_dir}", cwd=tmp_path)
+    said = again.end()
     assert again.returncode == 0, said
     assert "Going on from" in said
     steps = [line["step"] for line in logged(tmp_path / "it") if "loss" in line]

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from commands import run as command
 from safetensors.torch import load_file
 from tiny import save_tiny
 
@@ -274,11 +275,11 @@ def test_planted_secrets_reach_no_file_of_a_run(llama_dir, tmp_path):
         "trainer.run_name=https://me:hunter22@example.org/",
     ]
     where = {**os.environ, **secrets, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-m", "runner", *words]
-    done = subprocess.run(command, cwd=tmp_path, env=where, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stdout  # the name is written to disk
-    done = subprocess.run(command[:-1], cwd=tmp_path, env=where, capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr
+    options = {"cwd": tmp_path, "env": where, "first": f"import sys; sys.path.insert(0, {str(tmp_path)!r})"}
+    code, said = command(*words, **options)
+    assert code == 2, said  # the name is written to disk
+    code, said = command(*words[:-1], **options)
+    assert code == 1, said
     files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "leaks.py"]
     assert {"manifest.json", "runner.log", "config.yaml"} <= {path.name for path in files}
     for secret in [*secrets.values(), "hunter22"]:
@@ -341,19 +342,12 @@ def test_a_recipe_runs_on_local_folders(recipe, llama_dir, neox_dir, tmp_path):
     assert manifest.read(run_dir)["data"]["train"]["rows_kept"] == 500
 
 
-def command(tmp_path, *words):
-    return subprocess.run(
-        [sys.executable, "-m", "runner", *words],
-        cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 def test_a_sweep_gives_each_job_a_directory(llama_dir, tmp_path):
-    done = command(
-        tmp_path, "-m", "trainer=sft,dpo", f"model.name_or_path={llama_dir}",
-        *SMALL, *QUICK, *BATCH,
-    )  # fmt: skip
+    words = ["-m", "trainer=sft,dpo", f"model.name_or_path={llama_dir}", *SMALL, *QUICK, *BATCH]
+    done = subprocess.run(
+        [sys.executable, "-m", "runner", *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     found = sorted(tmp_path.glob("outputs/sweeps/*/*/*/manifest.json"))
     assert [path.parent.name for path in found] == ["0", "1"]
@@ -364,17 +358,15 @@ def test_a_sweep_gives_each_job_a_directory(llama_dir, tmp_path):
 @pytest.mark.slow
 def test_what_a_person_can_mend_ends_with_exit_code_2_and_no_traceback(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes('{"text": "你好"}'.encode("gb18030"))
-    done = command(tmp_path, "dataset=local", "dataset.path=rows.jsonl", "dataset.eval=null")
-    assert done.returncode == 2
-    assert "iconv" in done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
+    code, said = command("dataset=local", "dataset.path=rows.jsonl", "dataset.eval=null", cwd=tmp_path)
+    assert code == 2
+    assert "iconv" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow
 def test_a_guard_ends_a_run_with_exit_code_1(llama_dir, tmp_path):
-    done = command(
-        tmp_path, f"model.name_or_path={llama_dir}", *SMALL, *BATCH, "peft=none", "trainer.learning_rate=1e20",
-        "trainer.max_grad_norm=0", "trainer.warmup_steps=0",
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "Traceback" not in done.stdout + done.stderr
+    words = [f"model.name_or_path={llama_dir}", *SMALL, *BATCH, "peft=none", "trainer.learning_rate=1e20"]
+    code, said = command(*words, "trainer.max_grad_norm=0", "trainer.warmup_steps=0", cwd=tmp_path)
+    assert code == 1
+    assert "Traceback" not in said
