@@ -85,7 +85,7 @@ def plot(lines: Sequence[Line], path: str | Path, *, title: str, scores: Sequenc
         width, height = 4.2 * columns, 2.7 * rows + 0.5
         figure = Figure(figsize=(width, height))
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color="#1a202c")
-        last = max(line["step"] for line in lines)
+        last, explained = max(line["step"] for line in lines), []  # the same colours need one legend
         for place, (name, metrics) in enumerate(chosen):
             axes = figure.add_subplot(rows, columns, place + 1, sharex=figure.axes[0] if figure.axes else None)
             axes.set_title(name, loc="left", y=1.0, color="#2d3748")
@@ -97,12 +97,16 @@ def plot(lines: Sequence[Line], path: str | Path, *, title: str, scores: Sequenc
             if place + columns >= len(chosen):
                 axes.set_xlabel("step", color="#4a5568")
             _draw(axes, lines, metrics)
+            labels = axes.get_legend_handles_labels()[1]
+            if labels not in explained and (len(labels) > 1 or metrics[0].startswith("eval_")):
+                axes.legend(frameon=False, fontsize=8, handlelength=1.4, loc="best")
+                explained.append(labels)
             if name in UNIT and axes.get_ylim()[0] > -0.1 and axes.get_ylim()[1] < 1.1:
                 axes.set_ylim(-0.04, 1.04)
         # by hand, in inches: a layout engine would draw all twice, which takes longer than a short training
         edges = {"left": 0.75 / width, "right": 1 - 0.15 / width, "bottom": 0.5 / height, "top": 1 - 0.75 / height}
         figure.subplots_adjust(**edges, wspace=0.24, hspace=0.32)
-        figure.savefig(path, dpi=130)
+        figure.savefig(path, dpi=130, pil_kwargs={"compress_level": 1})
     return True
 
 
@@ -129,8 +133,6 @@ def _draw(axes: Any, lines: Sequence[Line], metrics: tuple[str, ...]) -> None:
     low, high = axes.get_ylim()
     if high - low < 1e-9:  # a constant: leave air around it
         axes.set_ylim(low - 0.5, high + 0.5)
-    if len(axes.get_legend_handles_labels()[1]) > 1 or metrics[0].startswith("eval_"):
-        axes.legend(frameon=False, fontsize=8, handlelength=1.4, loc="best")
 
 
 def _smooth(values: list[float]) -> list[float]:

@@ -1,7 +1,8 @@
 import json
+import subprocess
+import sys
 
 import pytest
-from commands import run as command
 from test_run import BATCH, QUICK, SMALL, extras, start
 
 from runner import manifest, replay
@@ -23,11 +24,15 @@ def test_a_replay_in_another_place_with_other_workers_is_identical(trainer, llam
     assert again["result_sha256"] == manifest.read(run_dir)["result_sha256"] is not None
 
 
-def test_a_replay_of_a_sweeps_second_job_is_identical(llama_dir, tmp_path):
-    words = [f"model.name_or_path={llama_dir}", *SMALL, *QUICK, *BATCH, "trainer.learning_rate=1e-2,1e-3"]
-    code, said = command("-m", *words, f"hydra.sweep.dir={tmp_path / 'sweep'}", cwd=tmp_path)
-    assert code == 0, said
-    assert replay.replay(tmp_path / "sweep" / "1", **{"trainer.dataset_num_proc": 2}) is None
+def test_a_sweep_gives_each_job_a_directory_whose_replay_is_identical(llama_dir, tmp_path):
+    words = [f"model.name_or_path={llama_dir}", *SMALL, *QUICK, *BATCH, "trainer=sft,dpo"]
+    done = subprocess.run([sys.executable, "-m", "runner", "-m", *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [path.parent for path in sorted(tmp_path.glob("outputs/sweeps/*/*/*/manifest.json"))]
+    assert [path.name for path in found] == ["0", "1"]
+    seen = [(record["choices"]["trainer"], record["status"]) for record in map(manifest.read, found)]
+    assert seen == [("sft", "completed"), ("dpo", "completed")]
+    assert replay.replay(found[1], **{"trainer.dataset_num_proc": 2}) is None
 
 
 def test_a_replay_changes_nothing_that_could_change_the_result(llama_dir, tmp_path):

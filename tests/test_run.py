@@ -5,8 +5,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -340,19 +338,6 @@ def test_a_recipe_runs_on_local_folders(recipe, llama_dir, neox_dir, tmp_path):
         data=["samples.rows=2", "samples.max_new_tokens=4"],
     )  # fmt: skip
     assert manifest.read(run_dir)["data"]["train"]["rows_kept"] == 500
-
-
-@pytest.mark.slow
-def test_a_sweep_gives_each_job_a_directory(llama_dir, tmp_path):
-    words = ["-m", "trainer=sft,dpo", f"model.name_or_path={llama_dir}", *SMALL, *QUICK, *BATCH]
-    done = subprocess.run(
-        [sys.executable, "-m", "runner", *words], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found = sorted(tmp_path.glob("outputs/sweeps/*/*/*/manifest.json"))
-    assert [path.parent.name for path in found] == ["0", "1"]
-    seen = [(m["choices"]["trainer"], m["status"]) for m in map(manifest.read, (p.parent for p in found))]
-    assert seen == [("sft", "completed"), ("dpo", "completed")]
 
 
 @pytest.mark.slow
