@@ -78,6 +78,7 @@ def check_view(done: Check) -> dict[str, Any]:
         evaluates=done.rows.eval is not None,
         global_batch_size=done.config.get("global_batch_size"),
         planned=done.processes,
+        launch=done.config["launch"],
         rows=len(done.rows.train),
     )
     examples = done.audit["train"]["examples"]

@@ -23,7 +23,7 @@ FIELD = "precompute_ref_log_probs"
 CHANGES = ("max_length", "truncation_mode", "ld_alpha", "bf16", "fp16")
 
 
-def choose(arguments: Any, node: dict[str, Any], *, rows: int | None, run_dir: Path) -> dict[str, bool]:
+def choose(arguments: Any, node: dict[str, Any], *, rows: int | None, run_dir: Path, one_disk: bool) -> dict[str, bool]:
     """Set the field of a trainer's arguments where nobody typed it, and return what was chosen.
 
     A pass over all rows before the training saves passes in it from the second epoch on; in a trial of a sweep, whose
@@ -34,6 +34,7 @@ def choose(arguments: Any, node: dict[str, Any], *, rows: int | None, run_dir: P
         node: what was typed.
         rows: to train on; None: not known.
         run_dir: of the run.
+        one_disk: whether all processes read the same files.
     """
     if rows is None or not hasattr(arguments, FIELD) or node.get(FIELD) is not None:
         return {}
@@ -41,7 +42,6 @@ def choose(arguments: Any, node: dict[str, Any], *, rows: int | None, run_dir: P
     step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     epochs = arguments.max_steps * step / rows if arguments.max_steps > 0 else arguments.num_train_epochs
     pays = epochs > (0.5 if (run_dir.parent / JOURNAL).exists() else 1)
-    one_disk = arguments.world_size == int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     possible = one_disk and not (arguments.sync_ref_model or arguments.fsdp or arguments.deepspeed)
     arguments.precompute_ref_log_probs = bool(before.get(FIELD, pays and possible))
     return {FIELD: arguments.precompute_ref_log_probs}

@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +76,20 @@ def build_arguments(
     fixed = _fixed_fields(node, run_dir, evaluates=evaluates, resumed=resumed)
     if not TENSORBOARD_DIR:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir / "tensorboard")
+    launch, choose = launch or {}, partial(reference.choose, node=node, rows=rows, run_dir=run_dir)
     if planned and planned > 1:
-        return build(node, **chosen, **fixed, class_fields={"world_size": planned}), chosen
-    arguments = build(node, **{**chosen, **fixed, **engines.fields(launch or {})})
-    engines.tell(arguments, launch or {})
+        arguments = build(node, **chosen, **fixed, class_fields={"world_size": planned})
+        one_disk = not engines.chosen(launch) and launch.get("nodes", 1) == 1
+        return arguments, chosen | choose(arguments, one_disk=one_disk)
+    split = {} if planned else launch
+    arguments = build(node, **{**chosen, **fixed, **engines.fields(split)})
+    engines.tell(arguments, split)
     if not node.get("use_cpu") and (idle := hardware.idle_gpus()):
         logger.warning("%s", idle)
     if arguments.world_size != processes:
         raise ConfigError(f"{processes} processes were started and {arguments.world_size} would train together.")
-    return arguments, chosen | reference.choose(arguments, node, rows=rows, run_dir=run_dir)
+    one_disk = processes == int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return arguments, chosen | choose(arguments, one_disk=one_disk)
 
 
 def _fixed_fields(node: dict[str, Any], run_dir: Path, *, evaluates: bool, resumed: bool) -> dict[str, Any]:

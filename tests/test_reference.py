@@ -7,7 +7,7 @@ import pytest
 from test_run import losses, start
 from tiny import save_tiny
 
-from runner import manifest, reference, replay
+from runner import manifest, reference, replay, trainers
 from runner.journal import JOURNAL
 
 pytestmark = pytest.mark.slow
@@ -18,22 +18,33 @@ def test_it_pays_from_the_second_epoch_on_and_in_a_sweep_before(tmp_path):
     shape = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "world_size": 1, "max_steps": -1}
     shape |= {"sync_ref_model": False, "fsdp": None, "deepspeed": None, "num_train_epochs": 1, reference.FIELD: False}
 
-    def pays(**other):
+    def pays(one_disk=True, **other):
         arguments = SimpleNamespace(**shape | other)
-        (chosen,) = reference.choose(arguments, {}, rows=80, run_dir=tmp_path / "1").values()
+        (chosen,) = reference.choose(arguments, {}, rows=80, run_dir=tmp_path / "1", one_disk=one_disk).values()
         assert arguments.precompute_ref_log_probs is chosen
         return chosen
 
     typed = {reference.FIELD: False}
-    assert reference.choose(SimpleNamespace(**shape), typed, rows=1, run_dir=tmp_path) == {}
+    assert reference.choose(SimpleNamespace(**shape), typed, rows=1, run_dir=tmp_path, one_disk=True) == {}
     assert not pays()
     assert pays(num_train_epochs=1.5)
     assert not pays(num_train_epochs=2, sync_ref_model=True)
+    assert not pays(num_train_epochs=2, one_disk=False)
     assert not pays(max_steps=10)  # of 8 rows each
     assert pays(max_steps=11)
     (tmp_path / JOURNAL).touch()
     assert pays()
     assert not pays(max_steps=5)
+
+
+@pytest.mark.parametrize(
+    ("launch", "knows"), [({"nodes": 1}, True), ({"nodes": 2}, False), ({"fsdp": {"a": 1}}, False)]
+)
+def test_a_plan_for_several_processes_knows_whether_they_will_compute_in_advance(launch, knows, tmp_path):
+    node = {"_target_": "trl.DPOConfig", "num_train_epochs": 2, "use_cpu": True}
+    planned = {"evaluates": True, "planned": 2, "rows": 80, "launch": launch}
+    arguments, chosen = trainers.build_arguments(node, tmp_path, **planned)
+    assert (arguments.world_size, arguments.precompute_ref_log_probs, chosen[reference.FIELD]) == (2, knows, knows)
 
 
 @pytest.mark.parametrize(
