@@ -53,7 +53,9 @@ def count(
     config, _ = _read_config(node, classifier=classifier)
     arguments = shape["arguments"]
     about = [config.to_json_string(use_diff=False), node.get("attn_implementation"), len(tokenizer), classifier, dtype]
-    about += [adapter and sorted(adapter.to_dict().items()), shape["sequences"], shape["length"], shape["quantization"]]
+    fields = sorted(adapter.to_dict().items()) if adapter else []
+    about += [(name, sorted(value) if isinstance(value, set) else value) for name, value in fields]
+    about += [shape["sequences"], shape["length"], shape["quantization"]]
     about += [arguments.use_cpu, hardware.device_type(use_cpu=arguments.use_cpu), arguments.bf16, arguments.fp16]
     about += [*map(version, ("torch", "transformers", "peft")), Path(__file__).read_text(encoding="utf-8")]
     return Model(**disk.kept(cache_dir() / "counted", about, lambda: asdict(make())))

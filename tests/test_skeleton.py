@@ -12,6 +12,28 @@ from runner import skeleton
 PRECISION = SimpleNamespace(bf16=False, fp16=False, use_cpu=True)
 
 
+def test_a_model_is_counted_once_for_all_who_ask_the_same(llama_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path))
+
+    def counted(r, **other):
+        adapter = LoraConfig(r=r, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        shape = {"sequences": 3, "length": 7, "quantization": None, "arguments": PRECISION} | other
+        return skeleton.count({"name_or_path": str(llama_dir)}, tokenizer=tiny_tokenizer(), adapter=adapter, **shape)
+
+    first = counted(2)
+    (kept,) = tmp_path.glob("counted-*")
+    monkeypatch.setattr(skeleton, "build", lambda *_, **__: pytest.fail("it was built again"))
+    assert counted(2) == first
+    for other in ({"r": 4}, {"r": 2, "length": 8}):
+        with pytest.raises(pytest.fail.Exception):
+            counted(**other)
+    monkeypatch.undo()
+    kept.write_bytes(b"damaged")
+    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path))
+    assert counted(2) == first
+    assert counted(4).trainable == 2 * first.trainable
+
+
 @pytest.mark.parametrize("kind", ["llama", "neox"])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_layers_that_are_alike_hold_what_they_hold_together(kind, adapted, request, tmp_path, monkeypatch):
