@@ -70,7 +70,7 @@ def _say_audit(done: Check) -> None:
 
 def check_view(done: Check) -> dict[str, Any]:
     """Show the first rows and the longest as the model sees them, and what rewards say."""
-    if done.tokenizer is None:
+    if done.tokenizer is None or "train" not in done.audit:
         raise Passed("it needs rows and a tokenizer")
     done.arguments, _ = trainers.build_arguments(
         done.config["trainer"],

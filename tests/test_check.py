@@ -96,6 +96,12 @@ def test_rows_that_are_all_cut_are_found(base, tmp_path):
     assert numbers == [1, 2]
 
 
+def test_rows_of_which_none_fits_are_a_fault_that_ends_the_check_of_all_that_needs_them(base, tmp_path, capsys):
+    rows = write_rows(tmp_path / "rows", [{"prompt": "zz", "completion": "q" * 9}])
+    assert found([*base, *rows, "trainer.max_length=6"], "data")[0][0].startswith("No train row fits into")
+    assert "not checked: it needs rows and a tokenizer" in capsys.readouterr().out
+
+
 def test_two_beginnings_are_found(tmp_path):
     model = save_tiny(tmp_path / "model", "llama", adds_bos=True)
     rows = write_rows(tmp_path / "rows", [{"text": "zz"}, {"text": "<|bos|>zz"}])
