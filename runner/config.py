@@ -372,7 +372,8 @@ def _value_faults(path: str, value: Any, field: schema.Field) -> list[str]:
     except ValidationError:
         hint = f"""; quote it: {path}="'{value}'" """.rstrip() if "str" in field.text and isinstance(value, int) else ""
         return [f"{path} takes {field.text}, found {value!r} ({type(value).__name__}){hint}."]
-    return []
+    low = isinstance(value, int) and value < schema.LEAST.get(path, value)
+    return [f"{path}={value} must be at least {schema.LEAST[path]}."] if low else []
 
 
 @cache

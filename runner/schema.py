@@ -117,6 +117,12 @@ class Root:
     global_batch_size: int | None = None
 
 
+# Numbers that none of the libraries refuses, or only once the weights are loaded.
+LEAST = {"seed": 0, "samples.rows": 0} | dict.fromkeys(
+    ["global_batch_size", "launch.processes", "launch.nodes", "samples.max_new_tokens", "samples.batch_size",
+     "trainer.per_device_train_batch_size", "trainer.per_device_eval_batch_size", "trainer.max_length",
+     "trainer.gradient_accumulation_steps", "trainer.max_completion_length"], 1)  # fmt: skip
+
 # The groups whose keys are our own. The last two need not be there.
 GROUPS = {
     "model": Model,
