@@ -88,9 +88,14 @@ def weights_dtype(dtype: str, *, frozen: bool, device: str) -> str:
     return "bfloat16" if frozen and device != "cpu" and has_bf16(device) else "float32"
 
 
+def installed_gpus() -> int:
+    """Return how many NVIDIA GPUs the machine has, whatever this process may use; asks no library."""
+    return len(list(GPUS.glob("*")))
+
+
 def idle_gpus() -> str | None:
     """Return what to say where the machine has GPUs and this process computes on the CPU all the same."""
-    if not (found := len(list(GPUS.glob("*")))) or device_type() != "cpu":
+    if not (found := installed_gpus()) or device_type() != "cpu":
         return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     why = "this PyTorch cannot use them: see python -c 'import torch; torch.cuda.init()'"

@@ -170,7 +170,7 @@ def devices(per_trial: int | None, slots: int) -> list[list[str]] | None:
     if per_trial is None:
         return None
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = named.split(",") if named else [str(i) for i in range(len([*hardware.GPUS.glob("*")]))]
+    found = named.split(",") if named else [str(i) for i in range(hardware.installed_gpus())]
     if per_trial * slots > len(found):
         raise ConfigError(
             f"search.gpus_per_trial={per_trial} with search.n_jobs={slots} needs {per_trial * slots} devices, found "

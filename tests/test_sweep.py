@@ -22,7 +22,7 @@ from runner.leaderboard import Row
 from runner.resume import flat
 from runner.run import run as train
 
-KILLS = 3  # of one sweep, at random moments
+KILLS = 4  # of one sweep, at random moments
 RATE = "trainer.learning_rate=tag(log,interval(1e-4,1e-1))"
 STEPPED = ["trainer.max_steps=4", "trainer.eval_strategy=steps", "trainer.eval_steps=1", "samples.rows=0"]
 

@@ -52,7 +52,7 @@ def test_whatever_a_trial_does_the_others_go_on(llama_dir, tmp_path, faults, mon
     monkeypatch.setattr(trials, "GRACE", 0.5)
     allowed, names = faults
     given = words(llama_dir, *allowed, "reward.function=" + ",".join(f"faults.{name}" for name in names))
-    code = run(tmp_path / "sweep", *given, "search.trial_timeout=12", "search.n_jobs=2", "search.retries=1")
+    code = run(tmp_path / "sweep", *given, "search.trial_timeout=18", "search.n_jobs=2", "search.retries=1")
     said = capsys.readouterr().out
     assert code == 0
     rows = board(tmp_path / "sweep")
