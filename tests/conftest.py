@@ -3,6 +3,7 @@ import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 # Before any library reads them: no hub, no telemetry, and one thread, which small models like best.
 os.environ |= {
@@ -26,6 +27,16 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Take what is imported by now for what stays, as a process for one run does."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def libraries_are_no_garbage() -> Iterator[None]:
+    """Once a test has imported so much that Python looked through all of it, see that no later one does."""
+    searches = gc.get_stats()[2]["collections"]
+    yield
+    if gc.get_stats()[2]["collections"] > searches:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")
