@@ -137,6 +137,7 @@ class Model:
         context: tokens that the model can read; 0 where it does not say.
         unit: bytes of the largest piece that is gathered at a time where weights are split: a layer, or the embedding.
         unpacked: bytes that are lost between what is kept where quantized weights are made whole, one after the other.
+        shares_prefixes: whether it reads what a pair has in common once.
     """
 
     parameters: int
@@ -153,6 +154,7 @@ class Model:
     context: int
     unit: float = 0
     unpacked: float = 0
+    shares_prefixes: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ class Work:
         sequences: in a forward pass that has a backward pass.
         length: tokens of the longest, to which all are padded.
         scored: tokens of these sequences that meet the output layer.
+        shared: of all tokens, the part that a model reads which shares prefixes.
         optimizer: as in ``trainer.optim``.
         checkpointing: whether activations are recomputed.
         accumulates: whether gradients are held through several passes.
@@ -179,6 +182,7 @@ class Work:
     sequences: int
     length: float
     scored: float
+    shared: float = 1.0
     optimizer: str = "adamw_torch_fused"
     checkpointing: bool = False
     accumulates: bool = False
@@ -229,6 +233,7 @@ def work_of(
         sequences=sequences,
         length=length,
         scored=scored,
+        shared=min(1.0, audit["longest_pair"] / (2 * length)) if "longest_pair" in audit else 1.0,
         optimizer=str(getattr(arguments.optim, "value", arguments.optim)),
         checkpointing=bool(arguments.gradient_checkpointing),
         accumulates=accumulated > 1,
@@ -278,7 +283,11 @@ def estimate_memory(model: Model, work: Work) -> dict[str, int]:
         "weights": model.weights * own.weights + gathered,
         "gradients": gradients,
         "optimizer": _states(work.optimizer) * model.trainable * own.states,
-        "activations": kept * work.sequences * work.length * work.graphs,
+        "activations": kept
+        * work.sequences
+        * work.length
+        * work.graphs
+        * (work.shared if model.shares_prefixes else 1),
         "logits": _logits(model, work),
         "unpacked weights": model.unpacked,
         "sampling": work.sampled * (model.cache * work.sampled_length + SAMPLER_COPIES * 4 * model.vocabulary),

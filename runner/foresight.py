@@ -4,7 +4,7 @@ from collections.abc import Set
 from dataclasses import replace
 from typing import Any
 
-from runner import adapters, estimate, hardware, models, reach, skeleton
+from runner import adapters, estimate, hardware, models, prefix_sharing, reach, skeleton
 from runner.config import build, given
 
 
@@ -66,6 +66,7 @@ def count_models(
     shape = {"arguments": arguments, "sequences": work.sequences, "length": max(2, round(work.length))}
     quantization = config["quantization"] or None
     policy = skeleton.count(config["model"], tokenizer=tokenizer, quantization=quantization, **kind, **shape)
+    policy = replace(policy, shares_prefixes=policy.shares_prefixes and trainer in prefix_sharing.TRAINERS)
     judges = reach.reward_models(config["reward"]) if estimate.answers_prompts(arguments) else {}
     judges = {key: node for key, node in judges.items() if f"{key}.name_or_path" not in absent}
     copies = _copies(policy, judges, trainer=trainer, arguments=arguments, adapted=adapter is not None)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from runner import adapters, disk, hardware, hub, models
+from runner import adapters, disk, hardware, hub, models, prefix_sharing
 from runner.embedded import cache_dir
 from runner.errors import ConfigError
 from runner.estimate import Model
@@ -56,8 +56,10 @@ def count(
     fields = sorted(adapter.to_dict().items()) if adapter else []
     about += [(name, sorted(value) if isinstance(value, set) else value) for name, value in fields]
     about += [shape["sequences"], shape["length"], shape["quantization"]]
+    about += [getattr(arguments, key, None) for key in prefix_sharing.OWN_WAYS]
     about += [arguments.use_cpu, hardware.device_type(use_cpu=arguments.use_cpu), arguments.bf16, arguments.fp16]
-    about += [*map(version, ("torch", "transformers", "peft")), Path(__file__).read_text(encoding="utf-8")]
+    about += map(version, ("torch", "transformers", "peft"))
+    about += [Path(source).read_text(encoding="utf-8") for source in (__file__, prefix_sharing.__file__)]
     return Model(**disk.kept(cache_dir() / "counted", about, lambda: asdict(make())))
 
 
@@ -147,6 +149,7 @@ def measure(model: Any, *, sequences: int, length: int, quantization: dict[str, 
         context=getattr(config, "max_position_embeddings", None) or 0,
         unit=max(weights / layers, base.get_input_embeddings().weight.nbytes),
         unpacked=(HOLES - 1) * 4 * sum(p.numel() for p in packed) if arguments.use_cpu else 0,
+        shares_prefixes=not prefix_sharing.why_not(model, arguments),
     )
 
 

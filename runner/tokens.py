@@ -72,8 +72,8 @@ def fit_lengths(
         ``dropped`` count rows; ``truncated``, ``stop_token_in_loss``, ``bos``, ``double_bos`` and ``prompt_differs``
         are shares of the sequences that are left, ``no_supervised_token`` of all rows; quantiles are of all
         sequences, whole; ``tokens`` are trained on in an epoch, in ``sequences``, the longest of ``longest``, which
-        fill ``packed`` ones; ``examples`` are the first rows of each finding, numbered from 1, and the first and the
-        longest that are kept.
+        fill ``packed`` ones; the longest pair has ``longest_pair``, its prompt counted once; ``examples`` are the
+        first rows of each finding, numbered from 1, and the first and the longest that are kept.
 
     Raises:
         ConfigError: rows are too long (``fail``), none is left, the trainer cannot truncate, or the chat template
@@ -90,7 +90,7 @@ def fit_lengths(
         "over_length": over,
         "dropped": len(counted) - len(kept),
         "no_supervised_token": unlearnt / len(counted),
-        **_shares([counts for number in kept for counts in counted[number]], limit, reads),
+        **_shares([counted[number] for number in kept], limit, reads),
         "prompt_tokens": _quantiles(counts.prompt for row in counted for counts in row),
         "completion_tokens": _quantiles(counts.total - counts.prompt for row in counted for counts in row),
         "total_tokens": _quantiles(counts.total for row in counted for counts in row),
@@ -141,8 +141,9 @@ def _apply(
     return kept, len(over), len(unlearnt)
 
 
-def _shares(sequences: Sequence[Counts], limit: float, reads: str) -> dict[str, Any]:
+def _shares(rows: Sequence[Sequence[Counts]], limit: float, reads: str) -> dict[str, Any]:
     """Summarise the sequences that are trained on."""
+    sequences = [counts for row in rows for counts in row]
 
     def share(of: Iterable[bool]) -> float:
         return sum(of) / len(sequences)
@@ -161,7 +162,13 @@ def _shares(sequences: Sequence[Counts], limit: float, reads: str) -> dict[str, 
         "tokens": sum(lengths),
         "longest": max(lengths),
         **({"packed": pack(lengths, int(limit))} if reads == "sft" and isfinite(limit) else {}),
+        **({"longest_pair": max(_with_one_prompt(row, limit) for row in rows)} if reads == "preference" else {}),
     }
+
+
+def _with_one_prompt(pair: Sequence[Counts], limit: float) -> int:
+    """Return the tokens of a pair when its prompt is counted once."""
+    return int(sum(min(counts.total, limit) for counts in pair) - min(counts.prompt for counts in pair))
 
 
 def pack(lengths: Sequence[int], size: int) -> int:

@@ -21,6 +21,7 @@ from runner import (
     hardware,
     lm_head,
     models,
+    prefix_sharing,
     prepared,
     reference,
     rewards,
@@ -186,6 +187,8 @@ def build_trainer(
     cls = prepared.prepared(trainer_class(config["trainer"]["_target_"]))
     parts = _parts(cls, config, adapter, arguments, tokenizer, scoring)
     lm_head.compact_lm_head()
+    name = trainer_name(config["trainer"]["_target_"])
+    sharing = prefix_sharing.share_prefixes([model, parts.get("ref_model")], arguments, trainer=name)
     try:
         trainer = cls(
             model=model,
@@ -194,10 +197,8 @@ def build_trainer(
             train_dataset=train,
             eval_dataset=held_out,
             callbacks=[
-                callbacks.MetricsWriter(run_dir),
-                callbacks.RolloutSamples(run_dir),
-                callbacks.Guards(),
-                callbacks.Progress(),
+                *(callbacks.MetricsWriter(run_dir), callbacks.RolloutSamples(run_dir)),
+                *(callbacks.Guards(), callbacks.Progress()),
             ],
             **parts,
         )
@@ -207,6 +208,7 @@ def build_trainer(
     refuse_leaks(trainer)
     if adapter or arguments.fp16:
         adapters.keep_float32(trainer.model)
+    trainer.prefix_sharing = sharing
     trainer.remove_callback(PrinterCallback)  # Progress says it in one line
     return trainer
 
@@ -361,16 +363,18 @@ def save(trainer: Any, folder: Path) -> None:
     trainer.save_model(str(folder), _internal_call=True)  # publish uploads it
 
 
-def speed(trainer: Any, metrics: dict[str, float]) -> dict[str, float | None]:
+def speed(trainer: Any, metrics: dict[str, float]) -> dict[str, Any]:
     """Return the seconds of an optimizer step and the tokens in a second; None where they were not counted.
 
-    Evaluations during the training are in it, as they are in ``train_runtime``.
+    Evaluations during the training are in it, as they are in ``train_runtime``. Of pairs it says how their beginnings
+    were shared.
     """
     seconds, steps = metrics.get("train_runtime"), metrics.get("train_steps_per_second")
     tokens = next((log["num_tokens"] for log in reversed(trainer.state.log_history) if "num_tokens" in log), None)
     return {
         "seconds_per_step": 1 / steps if steps else None,
         "tokens_per_second": tokens / seconds if tokens and seconds else None,
+        **({"prefix_sharing": dataclasses.asdict(sharing)} if (sharing := trainer.prefix_sharing).passes else {}),
     }
 
 

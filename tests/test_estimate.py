@@ -35,6 +35,13 @@ def test_what_is_lost_to_weights_made_whole_is_held_beside_activations():
     assert peak == PROCESS + 4000 + 8000 + 4000 + 12_800 + 800 + 500
 
 
+def test_a_pair_whose_prompt_is_read_once_holds_less():
+    # 4 x 10 tokens of 100 bytes, of which 0.6 are read by a model that shares what a pair has in common
+    work = replace(WORK, shared=0.6)
+    assert estimate_memory(replace(MODEL, shares_prefixes=True), work)["activations"] == 2400
+    assert estimate_memory(MODEL, work)["activations"] == 4000
+
+
 def test_loading_is_a_moment_of_its_own():
     # weights of 4,000 bytes and the file of 50,000 that they come from: more than the 29,600 of a step
     assert estimate_memory(replace(MODEL, loading=50_000), WORK)["peak"] == PROCESS + 4000 + 50_000

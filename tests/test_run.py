@@ -16,6 +16,7 @@ from runner import compose, manifest
 from runner.__main__ import write_run
 from runner.config import option_names
 from runner.errors import ConfigError, RunStopped
+from runner.prefix_sharing import TRAINERS
 from runner.run import run
 
 SMALL = [
@@ -124,6 +125,24 @@ def test_what_the_last_step_evaluated_is_not_evaluated_again(llama_dir, tmp_path
     )
     assert [line["step"] for line in lines(run_dir) if "eval_loss" in line] == [0, 1, 2]
     assert {"eval_loss", "eval_exact_match"} <= set(metrics)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peft", ["none", "lora"])
+@pytest.mark.parametrize("trainer", sorted(TRAINERS))
+def test_pairs_whose_prompt_is_read_once_teach_the_same(tmp_path, llama_dir, monkeypatch, trainer, peft):
+    given = [f"trainer={trainer}", f"model.name_or_path={llama_dir}", f"peft={peft}", "trainer.learning_rate=1e-2"]
+    run_dir, _ = start(tmp_path, *given)
+    monkeypatch.setattr("runner.prefix_sharing.SAVES", 0)  # as if it never paid
+    whole, _ = start(tmp_path, *given, name="whole")
+    found, plain = (manifest.read(one)["speed"]["prefix_sharing"] for one in (run_dir, whole))
+    assert found["shared"] == found["passes"] == plain["passes"] > 0 == plain["shared"]
+    assert found["read"] < 0.7 * plain["read"]
+    for one, other in zip(lines(run_dir), lines(whole), strict=True):
+        numbers = [
+            key for key in other if isinstance(other[key], float) and "runtime" not in key and "second" not in key
+        ]
+        assert [one[key] for key in numbers] == pytest.approx([other[key] for key in numbers], rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.slow

@@ -159,6 +159,16 @@ def test_quantiles_are_lengths_of_rows():
     assert audit["tokens"] == sum(4 + n + 2 for n in range(1, 101))
 
 
+def test_the_longest_pair_counts_its_prompt_once():
+    # prompts of 5 and 7 tokens; answers of 2 and 4, and of 2 and 3
+    _, audit = fit([preference("z", "q", "qqq"), preference("zzz", "q", "qq")], reads="preference")
+    assert audit["longest_pair"] == 7 + 2 + 3
+    # at most 9 tokens: the first is 7 and 9, less 5; the second is 9 and 9, less 7
+    _, audit = fit([preference("z", "q", "qqq"), preference("zzz", "q", "qq")], reads="preference", max_length=9,
+                   too_long="truncate")  # fmt: skip
+    assert audit["longest_pair"] == 11
+
+
 def test_an_answer_without_a_stop_token_is_found(caplog):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE.replace("+ eos_token", "")

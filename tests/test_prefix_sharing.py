@@ -1,0 +1,130 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from runner.prefix_sharing import TYPES, plan_pairs, see_own, share_prefixes
+
+SHAPE = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.1, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2, "sliding_window": None, "attention_dropout": 0.0,
+}  # fmt: skip
+
+
+def model_of(kind, attention="sdpa", auto=AutoModelForCausalLM, **changes):
+    torch.manual_seed(0)
+    more = {"num_labels": 1} if auto is AutoModelForSequenceClassification else {}
+    return auto.from_config(AutoConfig.for_model(kind, **SHAPE | more | changes), attn_implementation=attention)
+
+
+def pairs(side="right"):
+    # Three pairs of 12 tokens with 8, 5 and 12 in common, and padding of 0, 2, 3 and 1, 0, 3 tokens.
+    ids = torch.randint(7, 290, (6, 12), generator=torch.Generator().manual_seed(0))
+    for row, common in enumerate((8, 5, 12)):
+        ids[row + 3, :common] = ids[row, :common]
+    real = torch.ones_like(ids)
+    for row, padding in enumerate((0, 2, 3, 1, 0, 3)):
+        if padding:
+            real[row, -padding:] = 0
+        if side == "left":
+            ids[row], real[row] = ids[row].roll(padding), real[row].roll(padding)
+    return ids.masked_fill(real == 0, 0), real
+
+
+def outputs(model, side="right"):
+    """Return the output at real tokens, and the gradients of a loss on those after the first."""
+    ids, real = pairs(side)
+    out = model(input_ids=ids, attention_mask=real).logits
+    model.zero_grad()
+    out = out[real.bool()] if out.dim() == 3 else out
+    out.square().mean().backward()
+    return [out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("kind", sorted(TYPES))
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_outputs_and_gradients_are_those_of_whole_rows(kind, attention):
+    model = model_of(kind, attention)
+    before = outputs(model)
+    sharing = share_prefixes([model], SimpleNamespace(), trainer="dpo")
+    torch.testing.assert_close(outputs(model), before, atol=1e-5, rtol=1e-5)
+    # the longest pair has 12 + 11 - 8 = 15 tokens, the others 10 + 12 - 5 = 17 and 9
+    assert (sharing.passes, sharing.shared, sharing.padded, sharing.read) == (1, 1, 6 * 12, 3 * 17)
+
+
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModelForSequenceClassification])
+def test_padding_may_be_on_the_left_and_a_classifier_reads_its_last_token(auto):
+    model = model_of("llama", auto=auto)
+    before = outputs(model, "left")
+    sharing = share_prefixes([model], SimpleNamespace(), trainer="dpo")
+    torch.testing.assert_close(outputs(model, "left"), before, atol=1e-5, rtol=1e-5)
+    assert sharing.shared == 1
+
+
+def test_a_pair_becomes_one_row_and_goes_back():
+    # A pair of 2 tokens in common: chosen 5 6 7, rejected 5 6 8 9; 0 is padding.
+    ids = torch.tensor([[5, 6, 7, 0], [5, 6, 8, 9]])
+    plan = plan_pairs(ids, ids > 0)
+    assert ids.flatten()[plan.source].tolist() == [[5, 6, 7, 8, 9]]
+    assert plan.position.tolist() == [[0, 1, 2, 2, 3]]
+    assert plan.segment.tolist() == [[0, 0, 1, 2, 2]]
+    assert plan.back[:, :3].tolist() == [[0, 1, 2], [0, 1, 3]]
+    assert plan.back[1, 3] == 4
+    assert see_own(plan.segment)[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 0, 1, 0],
+        [1, 1, 0, 1, 1],
+    ]
+
+
+def test_rows_with_a_gap_or_without_a_token_are_not_moved():
+    ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
+    assert plan_pairs(ids, torch.tensor([[1, 0, 1], [1, 1, 1]]).bool()) is None
+    assert plan_pairs(ids, torch.tensor([[1, 1, 1], [0, 0, 0]]).bool()) is None
+
+
+def test_pairs_that_share_too_little_are_read_as_they_come():
+    model = model_of("llama")
+    sharing = share_prefixes([model], SimpleNamespace(), trainer="dpo")
+    ids = torch.arange(7, 31).view(2, 12)
+    ids[1, 0] = ids[0, 0]  # 23 of 24 tokens would be left
+    model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert (sharing.passes, sharing.shared, sharing.read, sharing.refused) == (1, 0, 24, "")
+
+
+def test_answers_are_sampled_as_ever():
+    ids, real = pairs("left")
+    model = model_of("llama").eval()
+    before = model.generate(input_ids=ids, attention_mask=real, max_new_tokens=4, do_sample=False)
+    sharing = share_prefixes([model], SimpleNamespace(), trainer="dpo")
+    after = model.generate(input_ids=ids, attention_mask=real, max_new_tokens=4, do_sample=False)
+    assert after.tolist() == before.tolist()
+    assert sharing.passes == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "why"),
+    [
+        (lambda: model_of("gpt2"), {}, "models of type gpt2 were not tested with it"),
+        (lambda: model_of("mistral", sliding_window=8), {}, "the model's attention has a window"),
+        (lambda: model_of("llama", attention_dropout=0.1), {}, "dropout differs"),
+        (lambda: model_of("llama"), {"use_liger_kernel": True}, "trainer.use_liger_kernel=true"),
+        (lambda: model_of("llama", "flex_attention"), {}, "flex_attention attention takes no mask"),
+    ],
+)
+def test_a_model_that_cannot_says_why_and_reads_whole_rows(caplog, model, arguments, why):
+    caplog.set_level("INFO", logger="runner")
+    model = model()
+    sharing = share_prefixes([model], SimpleNamespace(**arguments), trainer="dpo")
+    seen = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    ids, real = pairs()
+    with torch.no_grad():
+        model.eval()(input_ids=ids, attention_mask=real)
+    assert (seen, sharing.shared, sharing.read) == ([(6, 12)], 0, 72)
+    assert why in sharing.refused
+    assert sharing.refused in caplog.text
