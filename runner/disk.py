@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+KEPT = 100  # files
+
 
 def write(path: Path, text: str) -> None:
     """Write a file at once: who reads it, also after a loss of power, sees what was there before, or all of this."""
@@ -35,12 +37,14 @@ def digest(path: Path) -> str:
 def kept(file: Path, about: Any, make: Callable[[], Any]) -> Any:
     """Return plain data from a file that is named after what it follows from, or make it and keep it there.
 
+    Of the files of one name the last hundred stay.
+
     Args:
         file: Its name gets a digest.
         about: All that the data follows from; its ``repr`` tells.
         make: Makes the data: numbers, texts and collections of them.
     """
-    file = file.with_name(f"{file.name}-{hashlib.sha256(repr(about).encode()).hexdigest()[:12]}")
+    name, file = file.name, file.with_name(f"{file.name}-{hashlib.sha256(repr(about).encode()).hexdigest()[:12]}")
     with suppress(OSError, ValueError, EOFError, TypeError):
         return marshal.loads(file.read_bytes())
     found = make()
@@ -48,4 +52,6 @@ def kept(file: Path, about: Any, make: Callable[[], Any]) -> Any:
         file.parent.mkdir(parents=True, exist_ok=True)
         (scratch := file.with_name(f"{file.name}.{os.getpid()}")).write_bytes(marshal.dumps(found))
         scratch.replace(file)
+        for old in sorted(file.parent.glob(f"{name}-*"), key=lambda one: one.stat().st_mtime)[:-KEPT]:
+            old.unlink(missing_ok=True)
     return found
