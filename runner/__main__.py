@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,27 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from runner import compose, console, lean, resume
-from runner.config import CONF, find_faults
+from runner.config import CONF, find_faults, group_names, option_names
 from runner.errors import ConfigError, RunPreempted, RunPruned, RunStopped
 from runner.redaction import Scrubbing, scrub
 
 log = logging.getLogger("runner")
 
 typed = ["python", "-m", "runner", *sys.argv[1:]]  # before anything is rewritten
+
+HELP = """Post-train a language model from a config.
+
+  python -m runner trainer=dpo model=qwen0.5b          choose an option of a group
+  python -m runner trainer.learning_rate=1e-5          set a key: every field of the trainer's class is one
+  python -m runner experiment=grpo_sums                run a recipe
+  python -m runner -m trainer.beta=0.05,0.1,0.5        sweep
+  python -m runner resume=RUN_DIR                      go on with a run
+  python -m runner.check ...                           say what a run would be like, without running it
+
+Also .replay, .freeze and .report RUN_DIR. Hydra's options: --cfg job, --config-dir FOLDER and those of --hydra-help.
+
+Groups and their options:
+"""
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -116,6 +131,9 @@ def main() -> None:
         task()
         return
     try:
+        if (arguments := compose.parse_arguments(without_resume(sys.argv[1:]))).help:
+            sys.stdout.write(help_page(arguments))
+            return
         node = find_launch(sys.argv[1:])
         if (led := led_to(sys.argv[1:], node)) is not None:
             sys.exit(go_on(*led))
@@ -132,6 +150,17 @@ def main() -> None:
         sys.exit(console.exit_code(error))
     lean.settle()
     task()
+
+
+def help_page(arguments: Namespace) -> str:
+    """Return what ``--help`` shows: the groups, and the config that the rest of the command line composes.
+
+    Hydra's own takes a second to list the groups.
+    """
+    where = {"config_dir": arguments.config_dir, "config_name": arguments.config_name or "config"}
+    config = compose.compose(arguments.overrides, check=bool(arguments.overrides), **where).config
+    groups = "".join(f"  {group}: {', '.join(option_names(group))}\n" for group in group_names())
+    return f"{HELP}{groups}\nThe config:\n\n{OmegaConf.to_yaml(OmegaConf.create(config))}"
 
 
 def led_to(argv: list[str], node: dict[str, Any]) -> tuple[Path, dict[str, Any] | None] | None:
@@ -168,7 +197,7 @@ def find_launch(argv: list[str]) -> dict[str, Any]:
     if "WORLD_SIZE" in os.environ or (tasks == 1 and not any("launch" in word for word in argv)):
         return {}
     arguments = compose.parse_arguments(without_resume(argv))
-    if arguments.multirun or arguments.cfg or arguments.help or arguments.info:
+    if arguments.multirun or arguments.cfg or arguments.info:
         return {}
     named = [word.partition("=")[2] for word in argv if word.startswith("resume=")]
     if named and named != ["auto"] and (path := Path(named[-1]) / "config.yaml").is_file():
@@ -251,7 +280,7 @@ def prepare(argv: list[str], *, again: bool = False) -> list[str]:
         ConfigError: All faults found.
     """
     arguments = compose.parse_arguments(argv)
-    only_shown = arguments.help or arguments.cfg or arguments.info
+    only_shown = arguments.cfg or arguments.info
     if only_shown and not arguments.overrides:
         return argv  # the defaults, which the tests check
     where = {"config_dir": arguments.config_dir, "config_name": arguments.config_name or "config"}

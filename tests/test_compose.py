@@ -175,6 +175,9 @@ def test_what_needs_no_torch_imports_none(arguments, tmp_path):
     )  # fmt: skip
     assert "TORCH False" in done.stderr
     assert "query=bash" not in arguments or "trainer=ppo" in done.stdout.split()
+    assert "--help" not in arguments or (
+        "peft: dora, lora" in done.stdout and "\n  generator: arithmetic" in done.stdout
+    )
     assert done.returncode == (2 if "trainer.bta=0.2" in arguments else 0)
     assert not (tmp_path / "outputs").exists()
 
