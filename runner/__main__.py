@@ -158,8 +158,13 @@ def help_page(arguments: Namespace) -> str:
     Hydra's own takes a second to list the groups.
     """
     where = {"config_dir": arguments.config_dir, "config_name": arguments.config_name or "config"}
-    config = compose.compose(arguments.overrides, check=bool(arguments.overrides), **where).config
-    groups = "".join(f"  {group}: {', '.join(option_names(group))}\n" for group in group_names())
+    parsed = zip(arguments.overrides, compose.parse(arguments.overrides), strict=True)
+    overrides = [text for text, one in parsed if not one.is_sweep_override()]
+    config = compose.compose(overrides, check=bool(overrides), **where).config
+    own = Path(arguments.config_dir or CONF)
+    options = {group: {*option_names(group), *(file.stem for file in (own / group).glob("[!_]*.yaml"))}
+               for group in group_names()}  # fmt: skip
+    groups = "".join(f"  {group}: {', '.join(sorted(names))}\n" for group, names in options.items())
     return f"{HELP}{groups}\nThe config:\n\n{OmegaConf.to_yaml(OmegaConf.create(config))}"
 
 

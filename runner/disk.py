@@ -37,7 +37,7 @@ def digest(path: Path) -> str:
 def kept(file: Path, about: Any, make: Callable[[], Any]) -> Any:
     """Return plain data from a file that is named after what it follows from, or make it and keep it there.
 
-    Of the files of one name the last hundred stay.
+    Of the files of one name the hundred that were read last stay.
 
     Args:
         file: Its name gets a digest.
@@ -46,7 +46,9 @@ def kept(file: Path, about: Any, make: Callable[[], Any]) -> Any:
     """
     name, file = file.name, file.with_name(f"{file.name}-{hashlib.sha256(repr(about).encode()).hexdigest()[:12]}")
     with suppress(OSError, ValueError, EOFError, TypeError):
-        return marshal.loads(file.read_bytes())
+        found = marshal.loads(file.read_bytes())
+        os.utime(file)
+        return found
     found = make()
     with suppress(OSError, ValueError):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 PROCESS = 610e6  # bytes of Python and its libraries, a tokenizer and rows, before any weights; measured on a CPU
 CONTEXT = 500e6  # bytes that a CUDA context holds beside the tensors
 VOCABULARY_TILE, TOKEN_TILE = 32_768, 4_096  # of TRL's LM head.   Source: trl 1.16, trl/kernels/chunked_logprob.py
+PAYS = 0.9  # prefix_sharing.SAVES
 PPO_CELLS = 1 << 26  # logits that PPO holds at a time: actor_critic.HEAD_CELLS
 
 # Bytes of optimizer state per trained number; every other optimizer of transformers keeps Adam's two floats.
@@ -233,7 +234,7 @@ def work_of(
         sequences=sequences,
         length=length,
         scored=scored,
-        shared=min(1.0, audit["longest_pair"] / (2 * length)) if "longest_pair" in audit else 1.0,
+        shared=_shared(arguments, audit),
         optimizer=str(getattr(arguments.optim, "value", arguments.optim)),
         checkpointing=bool(arguments.gradient_checkpointing),
         accumulates=accumulated > 1,
@@ -243,6 +244,13 @@ def work_of(
         graphs=graphs,
         cuda=not arguments.use_cpu,
     )
+
+
+def _shared(arguments: Any, audit: dict[str, Any]) -> float:
+    """Return the part of the longest pair's tokens that is left where its prompt is read once."""
+    cut_apart = audit.get("truncated") and getattr(arguments, "truncation_mode", "") == "keep_end"
+    part = audit.get("longest_pair", math.inf) / (2 * audit["longest"])
+    return part if part <= PAYS and not cut_apart else 1.0
 
 
 def shares(node: dict[str, Any], processes: int, *, accumulates: bool) -> Shares:

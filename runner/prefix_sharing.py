@@ -18,10 +18,11 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-TRAINERS = frozenset({"dpo", "orpo", "reward"})  # CPO logs a mean of logits that padding is part of
+TRAINERS = frozenset({"dpo", "reward"})  # ORPO and CPO log means of logits that padding is part of
 # Models whose body sees nothing but token ids, their positions and the mask; each is tested.
 TYPES = frozenset({"gpt_neox", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"})
-OWN_WAYS = ("torch_compile", "use_liger_kernel", "padding_free")  # of a trainer, to run a model
+OWN_WAYS = ("torch_compile", "use_liger_kernel", "padding_free", "neftune_noise_alpha")  # of a trainer, to run a model
+ASKED = (*OWN_WAYS, "disable_dropout")  # fields of its arguments
 ATTENTION = frozenset({"eager", "sdpa"})  # take any mask
 SAVES = 0.9  # of the cost of reading a batch as it is: above it, sharing does not pay
 LAYER = 6  # times its width, a token's cost in a layer equals its attention to so many tokens
@@ -36,7 +37,7 @@ class Sharing:
         shared: of these, in which the pairs shared their beginnings.
         padded: tokens of all these passes, with padding, as they came.
         read: tokens that were read, with padding.
-        refused: why it was never done; empty where it could be.
+        refused: why it was not done at all; empty where it could be.
     """
 
     passes: int = 0
@@ -62,27 +63,30 @@ class Plan(NamedTuple):
     back: torch.Tensor
 
 
-def share_prefixes(models: Iterable[Any], arguments: Any, *, trainer: str) -> Sharing:
+def share_prefixes(models: Iterable[Any], arguments: Any, adapter: Any, *, trainer: str) -> Sharing:
     """Let models read batches of all chosen and then all rejected rows with their beginnings once, where that pays.
 
     Args:
         models: Causal language models or classifiers, on their way to a trainer; None among them is none.
         arguments: Of the trainer.
+        adapter: The config of the adapter that the trainer adds, or None.
         trainer: Its short name.
 
     Returns:
         Counts, of all these models.
     """
     sharing = Sharing()
-    for model in models if trainer in TRAINERS else ():
-        if model is not None:
-            _wrap(model, arguments, sharing)
+    for model in filter(None, models) if trainer in TRAINERS else ():
+        if sharing.refused or (refused := why_not(model, arguments, adapter)):
+            sharing.refused = sharing.refused or refused
+            logger.info("What the answers of a pair have in common is read twice: %s", sharing.refused)
+        else:
+            _wrap(model.base_model, sharing)
     return sharing
 
 
-def _wrap(model: Any, arguments: Any, sharing: Sharing) -> None:
-    """Replace the forward pass of a model's body by one that shares."""
-    body = _base(model).base_model
+def _wrap(body: Any, sharing: Sharing) -> None:
+    """Replace the forward pass of a model's body by one that shares; a copy of the body would still run this one."""
     read, per_token = body.forward, LAYER * body.config.hidden_size
 
     @functools.wraps(read)
@@ -90,11 +94,8 @@ def _wrap(model: Any, arguments: Any, sharing: Sharing) -> None:
         asked = any(value is not None and value is not False for value in rest.values())  # such as for a cache
         if input_ids is None or attention_mask is None or asked or attention_mask.dim() != 2 or len(input_ids) % 2:
             return read(input_ids=input_ids, attention_mask=attention_mask, **rest)
-        if not sharing.passes and (refused := why_not(model, arguments)):  # by now it has its adapter
-            sharing.refused = refused
-            logger.info("What the answers of a pair have in common is read twice: %s", refused)
         rows, length = input_ids.shape
-        plan = None if sharing.refused else plan_pairs(input_ids.cpu(), attention_mask.cpu().bool())
+        plan = plan_pairs(input_ids.cpu(), attention_mask.cpu().bool())
         shared = plan.source.shape[1] if plan else 2 * length
         pays = shared * (per_token + shared) <= SAVES * 2 * length * (per_token + length)
         sharing.passes, sharing.shared = sharing.passes + 1, sharing.shared + pays
@@ -114,30 +115,29 @@ def _wrap(model: Any, arguments: Any, sharing: Sharing) -> None:
     body.forward = forward
 
 
-def why_not(model: Any, arguments: Any) -> str:
+def why_not(model: Any, arguments: Any, adapter: Any) -> str:
     """Return why a model cannot read pairs with their beginnings once; nothing where it can.
 
     Args:
-        model: With its adapter.
+        model: Without the adapter.
         arguments: Of its trainer.
+        adapter: The adapter's config, or None.
     """
-    base = _base(model)
-    config = base.config
-    if config.model_type not in TYPES or base.base_model is base:
+    config = model.config
+    if config.model_type not in TYPES or model.base_model is model:
         return f"models of type {config.model_type} were not tested with it"
     if config._attn_implementation not in ATTENTION:
         return f"{config._attn_implementation} attention takes no mask for it"
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or getattr(config, "sliding_window", None):
         return "the model's attention has a window"
-    if getattr(config, "attention_dropout", 0) or any(
-        isinstance(module, torch.nn.Dropout) and module.p for module in model.modules()
-    ):
+    fields = adapter.to_dict() if adapter else {}
+    if fields and (adapter.is_prompt_learning or fields.get("alora_invocation_tokens") or "XLORA" in str(fields)):
+        return f"{type(adapter).__name__} looks at rows as they come"
+    drops = any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())
+    drops = drops or any(value for key, value in fields.items() if key.endswith("dropout"))
+    if getattr(config, "attention_dropout", 0) or (drops and not getattr(arguments, "disable_dropout", False)):
         return "dropout differs between the chosen and the rejected answer"
-    return next((f"trainer.{key}=true" for key in OWN_WAYS if getattr(arguments, key, False)), "")
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return next((f"trainer.{key}={value}" for key in OWN_WAYS if (value := getattr(arguments, key, None))), "")
 
 
 def plan_pairs(input_ids: torch.Tensor, real: torch.Tensor) -> Plan | None:
@@ -177,7 +177,7 @@ def see_own(segment: torch.Tensor) -> torch.Tensor:
     """Return the mask (B, 1, L', L') by which a token sees the common beginning and what is before it in its own part.
 
     Args:
-        segment: (B, L'), as in ``Plan``. Padding sees itself, since a row of nothing has no softmax.
+        segment: (B, L'), as in ``Plan``. Padding sees padding, since a row of nothing has no softmax.
     """
     size = segment.shape[1]
     before = torch.ones(size, size, dtype=torch.bool, device=segment.device).tril()

@@ -46,7 +46,9 @@ def count(
 
     def make() -> Model:
         model = build(node, tokenizer=tokenizer, adapter=adapter, classifier=classifier, dtype=dtype)
-        return measure(model, **shape)
+        base = model.get_base_model() if adapter else model
+        shares = not prefix_sharing.why_not(base, shape["arguments"], adapter)
+        return replace(measure(model, **shape), shares_prefixes=shares)
 
     if node.get("trust_remote_code"):
         return make()
@@ -56,7 +58,7 @@ def count(
     fields = sorted(adapter.to_dict().items()) if adapter else []
     about += [(name, sorted(value) if isinstance(value, set) else value) for name, value in fields]
     about += [shape["sequences"], shape["length"], shape["quantization"]]
-    about += [getattr(arguments, key, None) for key in prefix_sharing.OWN_WAYS]
+    about += [getattr(arguments, key, None) for key in prefix_sharing.ASKED]
     about += [arguments.use_cpu, hardware.device_type(use_cpu=arguments.use_cpu), arguments.bf16, arguments.fp16]
     about += map(version, ("torch", "transformers", "peft"))
     about += [Path(source).read_text(encoding="utf-8") for source in (__file__, prefix_sharing.__file__)]
@@ -149,7 +151,6 @@ def measure(model: Any, *, sequences: int, length: int, quantization: dict[str, 
         context=getattr(config, "max_position_embeddings", None) or 0,
         unit=max(weights / layers, base.get_input_embeddings().weight.nbytes),
         unpacked=(HOLES - 1) * 4 * sum(p.numel() for p in packed) if arguments.use_cpu else 0,
-        shares_prefixes=not prefix_sharing.why_not(model, arguments),
     )
 
 

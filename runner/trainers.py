@@ -186,9 +186,9 @@ def build_trainer(
 
     cls = prepared.prepared(trainer_class(config["trainer"]["_target_"]))
     parts = _parts(cls, config, adapter, arguments, tokenizer, scoring)
-    lm_head.compact_lm_head()
-    name = trainer_name(config["trainer"]["_target_"])
-    sharing = prefix_sharing.share_prefixes([model, parts.get("ref_model")], arguments, trainer=name)
+    sharing = _save_work(
+        [model, parts.get("ref_model")], arguments, adapter, trainer_name(config["trainer"]["_target_"])
+    )
     try:
         trainer = cls(
             model=model,
@@ -197,8 +197,10 @@ def build_trainer(
             train_dataset=train,
             eval_dataset=held_out,
             callbacks=[
-                *(callbacks.MetricsWriter(run_dir), callbacks.RolloutSamples(run_dir)),
-                *(callbacks.Guards(), callbacks.Progress()),
+                callbacks.MetricsWriter(run_dir),
+                callbacks.RolloutSamples(run_dir),
+                callbacks.Guards(),
+                callbacks.Progress(),
             ],
             **parts,
         )
@@ -211,6 +213,12 @@ def build_trainer(
     trainer.prefix_sharing = sharing
     trainer.remove_callback(PrinterCallback)  # Progress says it in one line
     return trainer
+
+
+def _save_work(loaded: list[Any], arguments: Any, adapter: Any, name: str) -> prefix_sharing.Sharing:
+    """Spare the models of a trainer what its loss does not need."""
+    lm_head.compact_lm_head()
+    return prefix_sharing.share_prefixes(loaded, arguments, adapter, trainer=name)
 
 
 def trainer_class(target: str) -> Any:
@@ -370,11 +378,12 @@ def speed(trainer: Any, metrics: dict[str, float]) -> dict[str, Any]:
     were shared.
     """
     seconds, steps = metrics.get("train_runtime"), metrics.get("train_steps_per_second")
+    sharing = trainer.prefix_sharing
     tokens = next((log["num_tokens"] for log in reversed(trainer.state.log_history) if "num_tokens" in log), None)
     return {
         "seconds_per_step": 1 / steps if steps else None,
         "tokens_per_second": tokens / seconds if tokens and seconds else None,
-        **({"prefix_sharing": dataclasses.asdict(sharing)} if (sharing := trainer.prefix_sharing).passes else {}),
+        **({"prefix_sharing": dataclasses.asdict(sharing)} if sharing.passes or sharing.refused else {}),
     }
 
 

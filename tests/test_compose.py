@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from runner import compose
+from runner.__main__ import help_page
 from runner.errors import ConfigError
 
 
@@ -158,6 +159,15 @@ def test_overrides_may_stand_on_both_sides_of_an_option():
 def test_a_mistyped_option_is_refused():
     with pytest.raises(ConfigError, match="--multirn"):
         compose.parse_arguments(["--multirn", "seed=1"])
+
+
+def test_help_lists_a_persons_own_options_and_shows_the_config_of_a_sweep(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("name_or_path: mine\n")
+    words = ["--config-dir", str(tmp_path), "-m", "trainer=dpo", "trainer.beta=0.1,0.2", "--help"]
+    lines = help_page(compose.parse_arguments(words)).splitlines()
+    assert "mine" in next(line for line in lines if line.startswith("  model: ")).split(", ")
+    assert "  _target_: trl.DPOConfig" in lines
 
 
 @pytest.mark.parametrize(

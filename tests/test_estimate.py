@@ -1,10 +1,21 @@
 """Bytes and packing, by hand."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from runner.estimate import CONTEXT, PROCESS, Model, Shares, Work, checkpoint_bytes, estimate_memory, nearest_fit
+from runner.estimate import (
+    CONTEXT,
+    PROCESS,
+    Model,
+    Shares,
+    Work,
+    checkpoint_bytes,
+    estimate_memory,
+    nearest_fit,
+    work_of,
+)
 from runner.tokens import pack
 
 # 1,000 numbers, all trained, in float32: 4,000 bytes, as many of gradients, 8,000 of Adam
@@ -40,6 +51,27 @@ def test_a_pair_whose_prompt_is_read_once_holds_less():
     work = replace(WORK, shared=0.6)
     assert estimate_memory(replace(MODEL, shares_prefixes=True), work)["activations"] == 2400
     assert estimate_memory(MODEL, work)["activations"] == 4000
+
+
+@pytest.mark.parametrize(
+    ("pair", "truncated", "mode", "shared"),
+    [
+        (12, 0, "keep_start", 0.6),  # of two rows of 10
+        (19, 0, "keep_start", 1.0),  # does not pay
+        (12, 0.1, "keep_end", 1.0),  # rows that are cut by their beginnings have none in common
+        (12, 0, "keep_end", 0.6),
+    ],
+)
+def test_what_a_pair_shares_is_counted_where_it_is_done(pair, truncated, mode, shared):
+    arguments = SimpleNamespace(
+        per_device_train_batch_size=2, gradient_accumulation_steps=1, optim="adamw_torch", use_cpu=True,
+        gradient_checkpointing=False, truncation_mode=mode,
+    )  # fmt: skip
+    audit = {"longest": 10, "longest_pair": pair, "truncated": truncated}
+    audit |= {"prompt_tokens": {"p99": 4}, "completion_tokens": {"p90": 6}}
+    samples = {"rows": 0, "batch_size": 1, "max_new_tokens": 1}
+    work = work_of("dpo", arguments, audit=audit, samples=samples, held_out=0, copies=0)
+    assert (work.sequences, work.length, work.shared) == (4, 10, shared)
 
 
 def test_loading_is_a_moment_of_its_own():

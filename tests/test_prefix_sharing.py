@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from runner.prefix_sharing import TYPES, plan_pairs, see_own, share_prefixes
@@ -48,7 +49,7 @@ def outputs(model, side="right"):
 def test_outputs_and_gradients_are_those_of_whole_rows(kind, attention):
     model = model_of(kind, attention)
     before = outputs(model)
-    sharing = share_prefixes([model], SimpleNamespace(), trainer="dpo")
+    sharing = share_prefixes([model], SimpleNamespace(), None, trainer="dpo")
     torch.testing.assert_close(outputs(model), before, atol=1e-5, rtol=1e-5)
     # the longest pair has 12 + 11 - 8 = 15 tokens, the others 10 + 12 - 5 = 17 and 9
     assert (sharing.passes, sharing.shared, sharing.padded, sharing.read) == (1, 1, 6 * 12, 3 * 17)
@@ -58,7 +59,7 @@ def test_outputs_and_gradients_are_those_of_whole_rows(kind, attention):
 def test_padding_may_be_on_the_left_and_a_classifier_reads_its_last_token(auto):
     model = model_of("llama", auto=auto)
     before = outputs(model, "left")
-    sharing = share_prefixes([model], SimpleNamespace(), trainer="dpo")
+    sharing = share_prefixes([model], SimpleNamespace(), None, trainer="dpo")
     torch.testing.assert_close(outputs(model, "left"), before, atol=1e-5, rtol=1e-5)
     assert sharing.shared == 1
 
@@ -89,42 +90,61 @@ def test_rows_with_a_gap_or_without_a_token_are_not_moved():
 
 def test_pairs_that_share_too_little_are_read_as_they_come():
     model = model_of("llama")
-    sharing = share_prefixes([model], SimpleNamespace(), trainer="dpo")
+    sharing = share_prefixes([model], SimpleNamespace(), None, trainer="dpo")
     ids = torch.arange(7, 31).view(2, 12)
     ids[1, 0] = ids[0, 0]  # 23 of 24 tokens would be left
     model(input_ids=ids, attention_mask=torch.ones_like(ids))
     assert (sharing.passes, sharing.shared, sharing.read, sharing.refused) == (1, 0, 24, "")
 
 
+def test_a_model_without_a_width_is_left_as_it_was():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3"))
+    sharing = share_prefixes([model], SimpleNamespace(), None, trainer="dpo")
+    assert sharing.refused == "models of type gemma3 were not tested with it"
+
+
 def test_answers_are_sampled_as_ever():
     ids, real = pairs("left")
     model = model_of("llama").eval()
     before = model.generate(input_ids=ids, attention_mask=real, max_new_tokens=4, do_sample=False)
-    sharing = share_prefixes([model], SimpleNamespace(), trainer="dpo")
+    sharing = share_prefixes([model], SimpleNamespace(), None, trainer="dpo")
     after = model.generate(input_ids=ids, attention_mask=real, max_new_tokens=4, do_sample=False)
     assert after.tolist() == before.tolist()
     assert sharing.passes == 0
 
 
+LLAMA = ("llama", "sdpa")
+
+
 @pytest.mark.parametrize(
-    ("model", "arguments", "why"),
+    ("model", "adapter", "arguments", "why"),
     [
-        (lambda: model_of("gpt2"), {}, "models of type gpt2 were not tested with it"),
-        (lambda: model_of("mistral", sliding_window=8), {}, "the model's attention has a window"),
-        (lambda: model_of("llama", attention_dropout=0.1), {}, "dropout differs"),
-        (lambda: model_of("llama"), {"use_liger_kernel": True}, "trainer.use_liger_kernel=true"),
-        (lambda: model_of("llama", "flex_attention"), {}, "flex_attention attention takes no mask"),
+        (("gpt2", "sdpa"), None, {}, "models of type gpt2 were not tested with it"),
+        (("mistral", "sdpa", {"sliding_window": 8}), None, {}, "the model's attention has a window"),
+        (("llama", "flex_attention"), None, {}, "flex_attention attention takes no mask for it"),
+        (("llama", "sdpa", {"attention_dropout": 0.1}), None, {"disable_dropout": True}, "dropout differs"),
+        (LLAMA, LoraConfig(lora_dropout=0.1), {}, "dropout differs"),
+        (LLAMA, LoraConfig(lora_dropout=0.1), {"disable_dropout": True}, ""),
+        (LLAMA, LoraConfig(alora_invocation_tokens=[5]), {}, "LoraConfig looks at rows as they come"),
+        (LLAMA, PromptTuningConfig(num_virtual_tokens=2), {}, "PromptTuningConfig looks at rows as they come"),
+        (LLAMA, None, {"use_liger_kernel": True}, "trainer.use_liger_kernel=True"),
+        (LLAMA, None, {"neftune_noise_alpha": 5}, "trainer.neftune_noise_alpha=5"),
     ],
 )
-def test_a_model_that_cannot_says_why_and_reads_whole_rows(caplog, model, arguments, why):
+def test_a_model_that_cannot_says_why_and_is_left_as_it_was(caplog, model, adapter, arguments, why):
     caplog.set_level("INFO", logger="runner")
-    model = model()
-    sharing = share_prefixes([model], SimpleNamespace(**arguments), trainer="dpo")
-    seen = []
-    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
-    ids, real = pairs()
-    with torch.no_grad():
-        model.eval()(input_ids=ids, attention_mask=real)
-    assert (seen, sharing.shared, sharing.read) == ([(6, 12)], 0, 72)
+    kind, attention, changes = (*model, {})[:3]
+    model = model_of(kind, attention, **changes)
+    sharing = share_prefixes([model], SimpleNamespace(**arguments), adapter, trainer="dpo")
     assert why in sharing.refused
+    assert bool(why) == bool(sharing.refused)
     assert sharing.refused in caplog.text
+    assert ("forward" in vars(model.base_model)) == (not why)
+
+
+@pytest.mark.parametrize("trainer", ["sft", "kto", "orpo", "cpo", "grpo"])
+def test_other_trainers_read_rows_as_they_come(trainer):
+    model = model_of("llama")
+    share_prefixes([model], SimpleNamespace(), None, trainer=trainer)
+    assert "forward" not in vars(model.base_model)

@@ -131,13 +131,16 @@ def test_what_the_last_step_evaluated_is_not_evaluated_again(llama_dir, tmp_path
 @pytest.mark.parametrize("peft", ["none", "lora"])
 @pytest.mark.parametrize("trainer", sorted(TRAINERS))
 def test_pairs_whose_prompt_is_read_once_teach_the_same(tmp_path, llama_dir, monkeypatch, trainer, peft):
+    rows = [{"prompt": "what " * (n % 5 + 1), "chosen": "is it" * (n % 3 + 1), "rejected": "no"} for n in range(16)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     given = [f"trainer={trainer}", f"model.name_or_path={llama_dir}", f"peft={peft}", "trainer.learning_rate=1e-2"]
-    run_dir, _ = start(tmp_path, *given)
+    given += ["dataset=local", f"dataset.path={tmp_path / 'rows.jsonl'}", "dataset.eval=train[:4]", "samples.rows=0"]
+    run_dir, _ = start(tmp_path, *given, data=[])
     monkeypatch.setattr("runner.prefix_sharing.SAVES", 0)  # as if it never paid
-    whole, _ = start(tmp_path, *given, name="whole")
+    whole, _ = start(tmp_path, *given, data=[], name="whole")
     found, plain = (manifest.read(one)["speed"]["prefix_sharing"] for one in (run_dir, whole))
     assert found["shared"] == found["passes"] == plain["passes"] > 0 == plain["shared"]
-    assert found["read"] < 0.7 * plain["read"]
+    assert found["read"] < 0.9 * plain["read"]
     for one, other in zip(lines(run_dir), lines(whole), strict=True):
         numbers = [
             key for key in other if isinstance(other[key], float) and "runtime" not in key and "second" not in key
