@@ -3,18 +3,20 @@ import os
 from runner.disk import KEPT, kept
 
 
-def test_what_was_made_is_read_again_and_the_oldest_files_go(tmp_path):
+def test_what_was_made_is_read_again_until_it_is_the_one_that_nobody_read_for_longest(tmp_path):
     made = []
 
     def keep(number):
         return kept(tmp_path / "squares", number, lambda: made.append(number) or number**2)
 
-    for number in range(KEPT + 2):
+    for number in range(KEPT):
         assert keep(number) == number**2
         newest = max(tmp_path.iterdir(), key=lambda file: file.stat().st_mtime_ns)
         os.utime(newest, (number, number))  # as if made at that second
+    assert keep(0) == 0  # is read now
+    assert keep(KEPT) == KEPT**2  # one too many: 1 goes
     assert len(list(tmp_path.iterdir())) == KEPT
-    assert keep(KEPT) == KEPT**2
-    assert len(made) == KEPT + 2
-    keep(0)  # had gone
-    assert len(made) == KEPT + 3
+    assert made == list(range(KEPT + 1))
+    keep(0)
+    keep(1)
+    assert made[KEPT + 1 :] == [1]
