@@ -157,13 +157,11 @@ def help_page(arguments: Namespace) -> str:
 
     Hydra's own takes a second to list the groups.
     """
-    where = {"config_dir": arguments.config_dir, "config_name": arguments.config_name or "config"}
     parsed = zip(arguments.overrides, compose.parse(arguments.overrides), strict=True)
     overrides = [text for text, one in parsed if not one.is_sweep_override()]
-    config = compose.compose(overrides, check=bool(overrides), **where).config
-    own = Path(arguments.config_dir or CONF)
-    options = {group: {*option_names(group), *(file.stem for file in (own / group).glob("[!_]*.yaml"))}
-               for group in group_names()}  # fmt: skip
+    config = compose.compose(overrides, check=bool(overrides), **compose.places(arguments)).config
+    folders = [CONF, Path(arguments.config_dir or CONF)]
+    options = {group: {name for folder in folders for name in option_names(group, folder)} for group in group_names()}
     groups = "".join(f"  {group}: {', '.join(sorted(names))}\n" for group, names in options.items())
     return f"{HELP}{groups}\nThe config:\n\n{OmegaConf.to_yaml(OmegaConf.create(config))}"
 
@@ -209,8 +207,7 @@ def find_launch(argv: list[str]) -> dict[str, Any]:
         node = (OmegaConf.to_container(OmegaConf.load(path)) or {}).get("launch") or {}  # type: ignore[union-attr]
         typed = compose.read_values(arguments.overrides)
         return node | {key.partition(".")[2]: v for key, v in typed.items() if key.startswith("launch.")}
-    where = {"config_dir": arguments.config_dir, "config_name": arguments.config_name or "config"}
-    return compose.compose(arguments.overrides, **where).config["launch"]
+    return compose.compose(arguments.overrides, **compose.places(arguments)).config["launch"]
 
 
 def find_resumed(argv: list[str]) -> Path | None:
@@ -238,8 +235,7 @@ def find_resumed(argv: list[str]) -> Path | None:
     if named == ["auto"]:
         if "output_dir" not in typed:
             raise ConfigError("resume=auto needs the directory that the run has every time: type output_dir=...")
-        places = {"config_dir": arguments.config_dir, "config_name": arguments.config_name or "config"}
-        composed = compose.compose(arguments.overrides, **places)
+        composed = compose.compose(arguments.overrides, **compose.places(arguments))
         options["config"], run_dir = composed.config, composed.run_dir
         if not (run_dir / "manifest.json").exists():
             return None
@@ -288,7 +284,7 @@ def prepare(argv: list[str], *, again: bool = False) -> list[str]:
     only_shown = arguments.cfg or arguments.info
     if only_shown and not arguments.overrides:
         return argv  # the defaults, which the tests check
-    where = {"config_dir": arguments.config_dir, "config_name": arguments.config_name or "config"}
+    where = compose.places(arguments)
     options = [text for text in argv if text not in arguments.overrides]
     overrides = compose.rewrite_overrides(arguments.overrides)
     if arguments.multirun:

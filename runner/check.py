@@ -71,8 +71,7 @@ def check(words: Sequence[str]) -> Check:
     arguments = compose.parse_arguments(rest)
     if arguments.multirun or arguments.cfg or any(word.startswith("resume") for word in rest):
         raise ConfigError("A check looks at one run that has not begun: leave out -m, --cfg and resume=.")
-    places = {"config_dir": arguments.config_dir, "config_name": arguments.config_name or "config"}
-    composed = compose.compose(arguments.overrides, **places)
+    composed = compose.compose(arguments.overrides, **compose.places(arguments))
     done = Check(options, policies, composed, arguments.overrides)
     notes = _Notes(done)
     logger = logging.getLogger("runner")

@@ -40,6 +40,11 @@ def parse_arguments(argv: list[str]) -> Namespace:
     return arguments
 
 
+def places(arguments: Namespace) -> dict[str, Any]:
+    """Return where a parsed command line has its options from, as ``compose`` takes it."""
+    return {"config_dir": arguments.config_dir, "config_name": arguments.config_name or "config"}
+
+
 def rewrite_overrides(overrides: list[str]) -> list[str]:
     """Let any existing field be set without ``+``: ``trainer.warmup_steps=10`` becomes ``++trainer.warmup_steps=10``.
 

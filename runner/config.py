@@ -422,9 +422,9 @@ def group_names() -> list[str]:
     return sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "hydra")
 
 
-def option_names(group: str) -> list[str]:
+def option_names(group: str, folder: Path = CONF) -> list[str]:
     """List a group's options, without those that only serve others (``_base``)."""
-    return sorted(p.stem for p in (CONF / group).glob("*.yaml") if not p.stem.startswith("_"))
+    return sorted(p.stem for p in (folder / group).glob("*.yaml") if not p.stem.startswith("_"))
 
 
 def option_targets(group: str) -> dict[str, str]:

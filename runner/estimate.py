@@ -234,7 +234,7 @@ def work_of(
         sequences=sequences,
         length=length,
         scored=scored,
-        shared=_shared(arguments, audit),
+        shared=_part_of_pair(arguments, audit),
         optimizer=str(getattr(arguments.optim, "value", arguments.optim)),
         checkpointing=bool(arguments.gradient_checkpointing),
         accumulates=accumulated > 1,
@@ -246,7 +246,7 @@ def work_of(
     )
 
 
-def _shared(arguments: Any, audit: dict[str, Any]) -> float:
+def _part_of_pair(arguments: Any, audit: dict[str, Any]) -> float:
     """Return the part of the longest pair's tokens that is left where its prompt is read once."""
     cut_apart = audit.get("truncated") and getattr(arguments, "truncation_mode", "") == "keep_end"
     part = audit.get("longest_pair", math.inf) / (2 * audit["longest"])
@@ -286,16 +286,13 @@ def estimate_memory(model: Model, work: Work) -> dict[str, int]:
     kept, own = model.kept_checkpointed if work.checkpointing else model.kept, work.shares
     gathered = (2 * model.unit if own.resharded else model.weights) if own.gathers else 0  # the next beside the present
     gradients = 4 * model.trainable * own.gradients
+    tokens = work.sequences * work.length * (work.shared if model.shares_prefixes else 1)
     parts = {
         "process": CONTEXT if work.cuda else PROCESS,
         "weights": model.weights * own.weights + gathered,
         "gradients": gradients,
         "optimizer": _states(work.optimizer) * model.trainable * own.states,
-        "activations": kept
-        * work.sequences
-        * work.length
-        * work.graphs
-        * (work.shared if model.shares_prefixes else 1),
+        "activations": kept * tokens * work.graphs,
         "logits": _logits(model, work),
         "unpacked weights": model.unpacked,
         "sampling": work.sampled * (model.cache * work.sampled_length + SAMPLER_COPIES * 4 * model.vocabulary),

@@ -75,13 +75,13 @@ def share_prefixes(models: Iterable[Any], arguments: Any, adapter: Any, *, train
     Returns:
         Counts, of all these models.
     """
-    sharing = Sharing()
-    for model in filter(None, models) if trainer in TRAINERS else ():
-        if sharing.refused or (refused := why_not(model, arguments, adapter)):
-            sharing.refused = sharing.refused or refused
-            logger.info("What the answers of a pair have in common is read twice: %s", sharing.refused)
-        else:
-            _wrap(model.base_model, sharing)
+    found = [model for model in models if model is not None] if trainer in TRAINERS else []
+    sharing = Sharing(refused=next(filter(None, (why_not(model, arguments, adapter) for model in found)), ""))
+    if sharing.refused:
+        logger.info("What the answers of a pair have in common is read twice: %s", sharing.refused)
+        return sharing
+    for model in found:
+        _wrap(model.base_model, sharing)
     return sharing
 
 
@@ -131,7 +131,8 @@ def why_not(model: Any, arguments: Any, adapter: Any) -> str:
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or getattr(config, "sliding_window", None):
         return "the model's attention has a window"
     fields = adapter.to_dict() if adapter else {}
-    if fields and (adapter.is_prompt_learning or fields.get("alora_invocation_tokens") or "XLORA" in str(fields)):
+    by_row = fields.get("alora_invocation_tokens") or fields.get("peft_type") == "XLORA"
+    if by_row or (adapter and adapter.is_prompt_learning):
         return f"{type(adapter).__name__} looks at rows as they come"
     drops = any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())
     drops = drops or any(value for key, value in fields.items() if key.endswith("dropout"))

@@ -7,6 +7,7 @@ import pytest
 
 from runner.estimate import (
     CONTEXT,
+    PAYS,
     PROCESS,
     Model,
     Shares,
@@ -16,6 +17,7 @@ from runner.estimate import (
     nearest_fit,
     work_of,
 )
+from runner.prefix_sharing import SAVES
 from runner.tokens import pack
 
 # 1,000 numbers, all trained, in float32: 4,000 bytes, as many of gradients, 8,000 of Adam
@@ -44,6 +46,10 @@ def test_what_is_lost_to_weights_made_whole_is_held_beside_activations():
     # 4,000 of weights, 8,000 of Adam, 4,000 of activations, 12,800 of logits, 800 of the head's gradient, 500 lost
     peak = estimate_memory(replace(MODEL, unpacked=500), WORK)["peak"]
     assert peak == PROCESS + 4000 + 8000 + 4000 + 12_800 + 800 + 500
+
+
+def test_sharing_is_foreseen_where_it_pays():
+    assert PAYS == SAVES
 
 
 def test_a_pair_whose_prompt_is_read_once_holds_less():

@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig
+from peft import LoraConfig, PromptTuningConfig, XLoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from runner.prefix_sharing import TYPES, plan_pairs, see_own, share_prefixes
@@ -35,7 +35,7 @@ def pairs(side="right"):
 
 
 def outputs(model, side="right"):
-    """Return the output at real tokens, and the gradients of a loss on those after the first."""
+    """Return the output at real tokens, or a classifier's score, and the gradients of a loss on it."""
     ids, real = pairs(side)
     out = model(input_ids=ids, attention_mask=real).logits
     model.zero_grad()
@@ -127,6 +127,7 @@ LLAMA = ("llama", "sdpa")
         (LLAMA, LoraConfig(lora_dropout=0.1), {}, "dropout differs"),
         (LLAMA, LoraConfig(lora_dropout=0.1), {"disable_dropout": True}, ""),
         (LLAMA, LoraConfig(alora_invocation_tokens=[5]), {}, "LoraConfig looks at rows as they come"),
+        (LLAMA, XLoraConfig(hidden_size=32, adapters={"one": "nowhere"}), {}, "XLoraConfig looks at rows as they come"),
         (LLAMA, PromptTuningConfig(num_virtual_tokens=2), {}, "PromptTuningConfig looks at rows as they come"),
         (LLAMA, None, {"use_liger_kernel": True}, "trainer.use_liger_kernel=True"),
         (LLAMA, None, {"neftune_noise_alpha": 5}, "trainer.neftune_noise_alpha=5"),
@@ -136,10 +137,11 @@ def test_a_model_that_cannot_says_why_and_is_left_as_it_was(caplog, model, adapt
     caplog.set_level("INFO", logger="runner")
     kind, attention, changes = (*model, {})[:3]
     model = model_of(kind, attention, **changes)
-    sharing = share_prefixes([model], SimpleNamespace(**arguments), adapter, trainer="dpo")
+    sharing = share_prefixes([model, None, model], SimpleNamespace(**arguments), adapter, trainer="dpo")
     assert why in sharing.refused
     assert bool(why) == bool(sharing.refused)
     assert sharing.refused in caplog.text
+    assert len(caplog.records) == bool(why)
     assert ("forward" in vars(model.base_model)) == (not why)
 
 
