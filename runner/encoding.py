@@ -2,18 +2,20 @@
 
 import hashlib
 import inspect
+import itertools
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.errors import ConfigError
+from runner import rendering
 from runner.rows import Row
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CHUNK_ROWS = 1_000  # tokens of so many rows are held at once
-COMPARED = 16  # texts of a chunk that are encoded both ways
+COMPARED = 16  # texts at both ends of a chunk that are encoded both ways
 KEPT_DAYS = 30  # since a file was last read
 PASSED_ON = ("label", "margin")  # columns that a trainer reads beside token ids
 
@@ -34,8 +36,6 @@ IDS = {
     "kto": ("prompt_ids", "completion_ids"),
     "reward": ("chosen_ids", "rejected_ids"),
 }
-
-Content = str | list[dict[str, Any]]  # text or messages
 
 
 @dataclass(frozen=True)
@@ -96,15 +96,17 @@ def encode(
     Raises:
         ConfigError: there is no chat template, or it refuses a row.
     """
+    import pyarrow as pa
     from datasets import config
 
     columns = IDS.get(trainer, ()) if trainer in ("sft", "reward") or "prompt" in dataset.column_names else ()
     features = _features(dataset, columns)
 
-    def chunk(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+    def chunk(batch: dict[str, list[Any]], numbers: list[int]) -> pa.Table:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         made = encode_rows(rows, tokenizer, reads=reads, columns=columns, tools=tools, first_row=numbers[0] + 1)
-        return {key: [row[key] for row in made] for key in ("counts", *columns)}
+        both = [{**row, **one} for row, one in zip(rows, made, strict=True)]
+        return pa.Table.from_pylist(both, schema=features.arrow_schema)
 
     def make(**where: Any) -> "Dataset":
         started = time.process_time()
@@ -173,10 +175,10 @@ def _forget(folder: Path) -> None:
 
 
 def digest_rows(dataset: "Dataset") -> Any:
-    """Return a SHA-256 of the rows and of this module, which more can be added to."""
+    """Return a SHA-256 of the rows and of how they are encoded, which more can be added to."""
     import pyarrow as pa
 
-    found = hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode())
+    found = hashlib.sha256("".join(map(inspect.getsource, (sys.modules[__name__], rendering))).encode())
     with pa.ipc.new_stream(_Sink(found), dataset.features.arrow_schema) as stream:
         for table in dataset.with_format("arrow").iter(CHUNK_ROWS):
             stream.write_table(table.cast(dataset.features.arrow_schema))
@@ -235,29 +237,27 @@ def encode_rows(
         first_row: number of the first row, for messages.
     """
     spelt = spell_rows(rows, tokenizer, reads=reads, tools=tools, first_row=first_row)
-    stops = _stop_tokens(tokenizer, is_chat=_is_chat(rows[0], reads)) if rows else set()
-    blank: dict[int, bool] = {}
+    stops = rendering.stop_tokens(tokenizer, of_chat=rendering.is_chat(rows[0], reads)) if rows else set()
+    bos, is_blank = tokenizer.bos_token_id, cache(lambda token: not str(tokenizer.decode([token])).strip())
     made = []
     for row in spelt:
         shared = min((one.prompt for one in row), default=0)  # of two answers, what both go on from
-        counts = [_count(one, shared, tokenizer, stops, blank) for one in row]
+        counts = [_count(one, shared, bos, stops, is_blank) for one in row]
         made.append({"counts": counts, **_columns(row, shared, columns)})
     return made
 
 
 def _count(
-    one: Spelt, prompt: int, tokenizer: "PreTrainedTokenizerBase", stops: set[int], blank: dict[int, bool]
+    one: Spelt, prompt: int, bos: int | None, stops: set[int], is_blank: Callable[[int], bool]
 ) -> dict[str, Any]:
-    last = None
-    for token in reversed(one.ids):
-        if token not in blank:
-            blank[token] = not str(tokenizer.decode([token])).strip()
-        if not blank[token]:
-            last = token
-            break
-    bos = next((place for place, token in enumerate(one.ids) if token != tokenizer.bos_token_id), len(one.ids))
+    ids, last, begins = one.ids, len(one.ids) - 1, 0
+    while last >= 0 and is_blank(ids[last]):
+        last -= 1
+    while begins < len(ids) and ids[begins] == bos:
+        begins += 1
     differs = not one.text.startswith(one.prompt_text)
-    return {"prompt": prompt, "total": len(one.ids), "stops": last in stops, "bos": bos, "differs": differs}
+    is_stop = last >= 0 and ids[last] in stops
+    return {"prompt": prompt, "total": len(ids), "stops": is_stop, "bos": begins, "differs": differs}
 
 
 def _columns(row: Sequence[Spelt], shared: int, columns: Sequence[str]) -> dict[str, list[int]]:
@@ -285,58 +285,50 @@ def spell_rows(
     Raises:
         ConfigError: there is no chat template, or it refuses a row.
     """
-    pairs = [(number, *pair) for number, row in enumerate(rows) for pair in _sequences(row, reads)]
+    pairs = [(number, *pair) for number, row in enumerate(rows) for pair in rendering.sequences_of(row, reads)]
     spelt: list[list[Spelt]] = [[] for _ in rows]
     if not pairs:
         return spelt
-    is_chat = _is_chat(rows[pairs[0][0]], reads)
+    is_chat = rendering.is_chat(rows[pairs[0][0]], reads)
     if is_chat:
-        texts = _render(rows, pairs, tokenizer, first_row, tools=tools)
+        texts = rendering.render(rows, pairs, tokenizer, first_row, tools=tools)
     else:
-        texts = [_join(prompt, answer, tokenizer) for _, prompt, answer in pairs]
+        texts = [rendering.join(prompt, answer, tokenizer) for _, prompt, answer in pairs]
     prompts = list(dict.fromkeys(prompt for prompt, _ in texts if prompt))
-    alone = dict(zip(prompts, _to_ids(prompts, tokenizer, special=not is_chat), strict=True))
-    whole = _encode(texts, alone, tokenizer, special=not is_chat)
+    encoded = _encode([*prompts, *(text for _, text in texts)], tokenizer, special=not is_chat)
+    alone, whole = dict(zip(prompts, encoded, strict=False)), encoded[len(prompts) :]
     for (number, _, answer), (prompt, text), ids in zip(pairs, texts, whole, strict=True):
         before = len(ids) if answer is None else _common_prefix(alone.get(prompt, []), ids)
         spelt[number].append(Spelt(ids, before, text, prompt))
     return spelt
 
 
-def _encode(
-    texts: Sequence[tuple[str, str]],
-    alone: dict[str, list[int]],
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    special: bool,
-) -> list[list[int]]:
-    """Encode whole chats, of which the prompts are encoded: only from the last special token of the prompt on.
+def _encode(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, special: bool) -> list[list[int]]:
+    """Encode texts; of chats, each piece between two special tokens once.
 
     A tokenizer splits a text at its special tokens first, and what lies between them is encoded by itself. The first
-    texts are also encoded in one piece, and if one of them differs all are.
+    and last texts are also encoded whole, and if one of them differs all are.
     Source: https://huggingface.co/docs/tokenizers/api/added-tokens
     """
-    splits = {}
-    if tokenizer.is_fast and not special:
-        added = tokenizer.added_tokens_decoder.items()
-        splits = {number: token.content for number, token in added if token.special and not token.normalized}
-    heads: list[tuple[int, int]] = []  # of each text, what is encoded: characters, and the ids that these give
-    for prompt, text in texts:
-        ids = alone.get(prompt, [])
-        last = next((place for place in range(len(ids) - 1, -1, -1) if ids[place] in splits), None)
-        start = prompt.rfind(splits[ids[last]]) if last is not None and text.startswith(prompt) else -1
-        heads.append((start, last) if last is not None and start >= 0 else (0, 0))
-    tails = _to_ids(
-        [text[start:] for (_, text), (start, _) in zip(texts, heads, strict=True)], tokenizer, special=special
-    )
-    whole = [
-        alone.get(texts[n][0], [])[:last] + tail for n, ((_, last), tail) in enumerate(zip(heads, tails, strict=True))
-    ]
-    if any(last for _, last in heads):
-        compared = [text for _, text in texts[:COMPARED]]
-        if _to_ids(compared, tokenizer, special=special) != whole[:COMPARED]:
-            return _to_ids([text for _, text in texts], tokenizer, special=special)
-    return whole
+    splitting = [] if special else _splitting_tokens(tokenizer)
+    if not splitting:
+        return _to_ids(texts, tokenizer, special=special)
+    between = re.compile("(" + "|".join(map(re.escape, sorted(splitting, key=len, reverse=True))) + ")")
+    split = [between.split(text) for text in texts]
+    pieces = list(dict.fromkeys(itertools.chain.from_iterable(split)))
+    ids = dict(zip(pieces, _to_ids(pieces, tokenizer, special=False), strict=True))
+    encoded = [list(itertools.chain.from_iterable(map(ids.__getitem__, one))) for one in split]
+    compared = _to_ids([*texts[:COMPARED], *texts[-COMPARED:]], tokenizer, special=False)
+    same = compared == [*encoded[:COMPARED], *encoded[-COMPARED:]]
+    return encoded if same else _to_ids(texts, tokenizer, special=False)
+
+
+def _splitting_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Return the tokens at which a text is split before anything else; none where they also take the space around."""
+    added = tokenizer.added_tokens_decoder.values() if tokenizer.is_fast else ()
+    tokens = [token for token in added if not token.normalized]
+    greedy = any(token.lstrip or token.rstrip or token.single_word for token in tokens)
+    return [] if greedy else [token.content for token in tokens]
 
 
 def _to_ids(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, special: bool) -> list[list[int]]:
@@ -352,94 +344,3 @@ def _common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
     if other[: len(one)] == one:
         return len(one)
     return next(place for place, (a, b) in enumerate(zip([*one, None], [*other, None], strict=False)) if a != b)
-
-
-# ---------------------------------------------------------------- rows to text
-
-
-def _is_chat(row: Row, reads: str) -> bool:
-    return any(isinstance(part, list) for pair in _sequences(row, reads)[:1] for part in pair)
-
-
-def _sequences(row: Row, reads: str) -> list[tuple[Content | None, Content | None]]:
-    """Split a row into the sequences that are trained on, each of a prompt and an answer."""
-    prompt = row.get("prompt")
-    if reads != "prompt":
-        for columns in (("completion",), ("chosen", "rejected"), ("messages",), ("text",)):
-            if all(row.get(column) is not None for column in columns):
-                return [(prompt, row[column]) for column in columns]
-    return [] if prompt is None else [(prompt, None)]
-
-
-def _join(prompt: Any, answer: Any, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
-    """Return a text prompt and the whole text."""
-    prompt = prompt or ""
-    if answer is None:
-        return prompt, prompt
-    end = "" if answer.endswith(tokenizer.eos_token) else tokenizer.eos_token
-    return prompt, prompt + answer + end
-
-
-def _render(
-    rows: Sequence[Row],
-    pairs: Sequence[tuple[int, Any, Any]],
-    tokenizer: "PreTrainedTokenizerBase",
-    first_row: int,
-    *,
-    tools: bool,
-) -> list[tuple[str, str]]:
-    """Return each chat's prompt and the whole chat, as the chat template writes them; a row's prompt is written once.
-
-    Rows that tell the template the same beside their chats are written together.
-    """
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            "Rows of messages need a chat template, and the tokenizer has none. Type model.chat_template=FILE.jinja."
-        )
-
-    def told(pair: tuple[int, Any, Any]) -> dict[str, Any]:
-        row = rows[pair[0]]
-        named = row.get("tools") if tools else None
-        more = (row.get("chat_template_kwargs") if tools else None) or {}
-        return {"tools": json.loads(named) if isinstance(named, str) else named, **more}
-
-    written: list[tuple[str, str]] = []
-    for options, group in groupby(pairs, told):
-        alike = list(group)
-        try:
-            written += _write(alike, tokenizer, options)
-        except (TemplateError, TypeError) as error:
-            for _, alone in groupby(alike, lambda pair: pair[0]) if alike[0][0] != alike[-1][0] else ():
-                _render(rows, list(alone), tokenizer, first_row, tools=tools)  # to find the row
-            raise ConfigError(
-                f"The chat template refuses row {first_row + alike[0][0]}: {error}. Leave such rows out, or choose "
-                "another template with model.chat_template=FILE.jinja."
-            ) from error
-    return written
-
-
-def _write(
-    pairs: Sequence[tuple[int, Any, Any]], tokenizer: "PreTrainedTokenizerBase", options: dict[str, Any]
-) -> list[tuple[str, str]]:
-    def write(chats: list[Any], **more: bool) -> list[str]:
-        return tokenizer.apply_chat_template(chats, tokenize=False, **options, **more) if chats else []  # type: ignore
-
-    prompts = {number: prompt for number, prompt, _ in pairs if prompt}
-    before = dict(zip(prompts, write(list(prompts.values()), add_generation_prompt=True), strict=True))
-    whole = iter(write([(prompt or []) + answer for _, prompt, answer in pairs if answer is not None]))
-    return [
-        (before.get(number, ""), before.get(number, "") if answer is None else next(whole))
-        for number, _, answer in pairs
-    ]
-
-
-def _stop_tokens(tokenizer: "PreTrainedTokenizerBase", *, is_chat: bool) -> set[int]:
-    """Return the tokens that end a text, or a turn in the chat template."""
-    stops = {tokenizer.eos_token_id}
-    if is_chat:
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\u2042"}]
-        end = str(tokenizer.apply_chat_template(probe, tokenize=False)).rpartition("\u2042")[2].strip()
-        stops |= set(tokenizer(end, add_special_tokens=False)["input_ids"][:1])
-    return stops

@@ -100,6 +100,32 @@ def test_a_prompt_that_the_template_writes_otherwise_alone_ends_where_trl_ends_i
     assert ours == theirs
 
 
+@pytest.mark.parametrize("greedy", [False, True], ids=["plain", "one takes the space before it"])
+def test_a_chat_in_pieces_is_encoded_as_it_is_whole(greedy):
+    from tokenizers import AddedToken
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|mask|>", special=True, normalized=False, lstrip=greedy), "<|us", "then"])
+    last = ["the <|mask|>", "an <|us<|user|>er|> then<|eos|>", "<|<|eos|>", "两 \n<|tool|>\n then"]
+    rows = [preference(f"the {n}", "on the end", "at it") for n in range(encoding.COMPARED)]
+    rows += [preference(text, text + "in", "to" + text) for text in last]
+    for one in (one for row in encoding.spell_rows(rows, tokenizer, reads="preference") for one in row):
+        assert one.ids == tokenizer(one.text, add_special_tokens=False)["input_ids"], one.text
+
+
+def test_a_tokenizer_that_marks_the_start_of_a_text_encodes_it_whole():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    # The first word of a text is "▁a", and what follows a special token is "a".
+    backend = Tokenizer(models.WordLevel({"?": 0, "▁a": 1, "a": 2, "<|eos|>": 3, "▁": 4}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|eos|>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] + '<|eos|>' }}{% endfor %}"
+    (row,) = encoding.spell_rows([preference("a", "a", "a")], tokenizer, reads="preference")
+    assert row[0].ids == [1, 3, 2, 3]
+
+
 def test_rows_are_encoded_once(monkeypatch, caplog):
     rows, tokenizer = table("DPO", [preference("once", "a", "b")]), tiny_tokenizer()
     first = encode(rows, tokenizer, reads="preference", trainer="dpo")

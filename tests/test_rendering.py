@@ -1,0 +1,77 @@
+from tiny import TEMPLATE, tiny_tokenizer
+
+from runner import rendering
+
+COMPARED = rendering.COMPARED
+
+
+def chats(count, **more):
+    """Return pairs of a prompt and an answer, each like no other."""
+    return [
+        ([{"role": "user", "content": "z" * n, **more}], [{"role": "assistant", "content": "q" * n, **more}])
+        for n in range(count)
+    ]
+
+
+def written(pairs, tokenizer, rows=None, asks=None):
+    """Return what we write, and count what transformers is asked to write."""
+    apply = tokenizer.apply_chat_template
+    if asks is not None:
+        tokenizer.apply_chat_template = lambda told, **more: asks.append(len(told)) or apply(told, **more)
+    numbered = [(number, *pair) for number, pair in enumerate(pairs)]
+    made = rendering.render(rows or [{}] * len(pairs), numbered, tokenizer, 1, tools=True)
+    tokenizer.apply_chat_template = apply
+    return made
+
+
+def by_transformers(pairs, tokenizer, **told):
+    return [
+        (
+            tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **told),
+            tokenizer.apply_chat_template(prompt + answer, tokenize=False, **told),
+        )
+        for prompt, answer in pairs
+    ]
+
+
+def test_transformers_writes_only_the_first_of_plain_chats_and_all_are_as_it_writes_them():
+    pairs, tokenizer, asks = chats(COMPARED + 5), tiny_tokenizer(), []
+    assert written(pairs, tokenizer, asks=asks) == by_transformers(pairs, tokenizer)
+    assert asks == [COMPARED, COMPARED]
+
+
+def test_a_key_without_a_value_is_as_if_it_were_not_there():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE + "{% if messages[0].name is defined %}{{ '<|tool|>' }}{% endif %}"
+    pairs, asks = chats(COMPARED + 5, name=None), []
+    assert written(pairs, tokenizer, asks=asks) == by_transformers(chats(COMPARED + 5), tokenizer)
+    assert asks == [COMPARED, COMPARED]
+
+
+def test_chats_of_more_than_roles_and_texts_are_written_by_transformers():
+    tokenizer, pairs = tiny_tokenizer(), chats(COMPARED + 5)
+    tokenizer.chat_template = TEMPLATE + "{{ messages[0].reasoning_content }}{{ tools }}{{ loud }}"
+    pairs[-1][0][0]["thinking"] = "zzz"  # which transformers also calls reasoning_content
+    made = written(pairs, tokenizer)
+    assert made == by_transformers(pairs, tokenizer)
+    assert made[-1][0].endswith("zzzNone")
+    rows = [{"tools": [{"name": "add"}], "chat_template_kwargs": {"loud": True}}] * len(pairs)
+    told = {"tools": rows[0]["tools"], "loud": True}
+    assert written(pairs, tokenizer, rows) == by_transformers(pairs, tokenizer, **told)
+
+
+def test_a_tokenizer_with_its_own_way_to_write_chats_keeps_it():
+    class Own(type(tiny_tokenizer())):
+        def apply_chat_template(self, chats, **told):
+            return ["mine"] * len(chats)
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.__class__ = Own
+    assert written(chats(COMPARED + 5), tokenizer) == [("mine", "mine")] * (COMPARED + 5)
+
+
+def test_where_the_first_chats_show_another_way_all_are_written_by_transformers():
+    tokenizer, pairs = tiny_tokenizer(), chats(COMPARED + 5)
+    apply = tokenizer.apply_chat_template
+    tokenizer.apply_chat_template = lambda told, **more: [text.upper() for text in apply(told, **more)]
+    assert written(pairs, tokenizer) == [(a.upper(), b.upper()) for a, b in by_transformers(pairs, tiny_tokenizer())]
