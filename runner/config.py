@@ -313,7 +313,7 @@ def _group_fields(group: str, node: dict[str, Any]) -> dict[str, schema.Field]:
     if isinstance(name, str) and "." not in name:
         known |= schema.keyword_fields(module, name)
     elif isinstance(name, str):  # a person's own function: its keywords are checked when it is called
-        known |= {key: schema.Field(Any, "any value") for key in node if key not in known}
+        known |= {key: schema.Field(lambda: (Any, "any value")) for key in node if key not in known}
     if group == "reward" and isinstance(node.get("model"), dict):
         known |= {f"model.{key}": field for key, field in schema.own_fields(schema.Model).items()}
     for name, child in (node.get(nested) or {}).items():
@@ -362,25 +362,13 @@ def _leaves(config: dict[str, Any], groups: set[str], known: dict[str, schema.Fi
 
 def _value_faults(path: str, value: Any, field: schema.Field) -> list[str]:
     """Check one value against its field's type; upstream's ``float`` also takes a whole number."""
-    from pydantic import ValidationError
-
     if value == "???":
         return [f"{path} must be given ({field.text}): type {path}=..."]
-    strict = "tuple" not in field.text and "set[" not in field.text
-    try:
-        _adapter(field.type, strict).validate_python(value)
-    except ValidationError:
+    if not field.takes(value):
         hint = f"""; quote it: {path}="'{value}'" """.rstrip() if "str" in field.text and isinstance(value, int) else ""
         return [f"{path} takes {field.text}, found {value!r} ({type(value).__name__}){hint}."]
     low = isinstance(value, int) and value < schema.LEAST.get(path, value)
     return [f"{path}={value} must be at least {schema.LEAST[path]}."] if low else []
-
-
-@cache
-def _adapter(kind: Any, strict: bool) -> Any:
-    from pydantic import ConfigDict, TypeAdapter
-
-    return TypeAdapter(kind, config=ConfigDict(strict=strict, arbitrary_types_allowed=True))
 
 
 def _unknown(path: str, known: dict[str, schema.Field], config: dict[str, Any], choices: dict[str, str]) -> str:

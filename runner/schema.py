@@ -5,12 +5,13 @@ second, without torch, a device or a hub.
 """
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, field, fields
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from types import UnionType
+from typing import Any, Literal, Optional, Union, get_args, get_origin
 
 from runner.errors import ConfigError
 
@@ -138,12 +139,44 @@ OPTIONAL = {"search", "value_model"}
 
 @dataclass(frozen=True)
 class Field:
-    """One key of a config class: its type for checking, and as a person reads it."""
+    """One key of a config class: its type for checking, and as a person reads it, once somebody asks."""
 
-    type: Any
-    text: str
+    read: Callable[[], tuple[Any, str]]
     required: bool = False
     doc: str = ""
+    type = property(lambda self: self.read()[0])
+    text = property(lambda self: self.read()[1])
+
+    def takes(self, value: Any) -> bool:
+        """Tell whether a value is of the type; a ``float`` may be a whole number."""
+        if _is_plainly(value, self.type):
+            return True
+        from pydantic import ValidationError  # it takes a while to import, and few values need it
+
+        strict = "tuple" not in self.text and "set[" not in self.text
+        try:
+            _adapter(self.type, strict).validate_python(value)
+        except ValidationError:
+            return False
+        return True
+
+
+def _is_plainly(value: Any, kind: Any) -> bool:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_is_plainly(value, member) for member in inner)
+    if origin is Literal:
+        return any(type(value) is type(known) and value == known for known in inner)
+    if origin is list and type(value) is list:
+        return all(_is_plainly(member, inner[0]) for member in value)
+    return kind is Any or type(value) in ((float, int) if kind is float else (kind,))
+
+
+@cache
+def _adapter(kind: Any, strict: bool) -> Any:
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(kind, config=ConfigDict(strict=strict, arbitrary_types_allowed=True))
 
 
 # Classes that moved or went, and the versions that have them. Source: https://github.com/huggingface/trl/releases
@@ -167,13 +200,13 @@ _TYPING = {
 def own_fields(cls: type) -> dict[str, Field]:
     """Return the keys of one of this module's dataclasses."""
     return {
-        f.name: Field(
-            f.type,
-            f.type.__name__ if isinstance(f.type, type) else str(f.type).replace("typing.", ""),
-            required=f.default is MISSING and f.default_factory is MISSING,
-        )
+        f.name: Field(partial(_own_type, f.type), required=f.default is MISSING and f.default_factory is MISSING)
         for f in fields(cls)
     }
+
+
+def _own_type(kind: Any) -> tuple[Any, str]:
+    return kind, kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 
 def keyword_fields(module: str, function: str) -> dict[str, Field]:
@@ -194,7 +227,7 @@ def keyword_fields(module: str, function: str) -> dict[str, Field]:
         raise ConfigError(f"runner.{module} has no {function!r}; choose one of {sorted(public)}.")
     arguments = public[function].args
     return {
-        a.arg: Field(*_read_type(a.annotation, path), required=default is None)
+        a.arg: Field(partial(_read_type, a.annotation, path), required=default is None)
         for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
     }
 
@@ -295,7 +328,7 @@ def _read_fields(path: Path, node: ast.ClassDef) -> Iterator[tuple[str, Field]]:
         arguments = init.args.args[1:]
         defaults = [None] * (len(arguments) - len(init.args.defaults)) + init.args.defaults
         for argument, default in zip(arguments, defaults, strict=True):
-            yield argument.arg, Field(*_read_type(argument.annotation or _type_of(default), path))
+            yield argument.arg, Field(partial(_read_type, argument.annotation or _type_of(default), path))
         return
     for base in reversed(node.bases):
         if found := _find_class(path, ast.unparse(base).split(".")[-1]):
@@ -305,7 +338,8 @@ def _read_fields(path: Path, node: ast.ClassDef) -> Iterator[tuple[str, Field]]:
             annotation = ast.unparse(statement.annotation)
             value = ast.unparse(statement.value) if statement.value else ""
             if "ClassVar" not in annotation and "init=False" not in value:
-                yield statement.target.id, Field(*_read_type(statement.annotation, path), doc=_help(statement.value))
+                read = partial(_read_type, statement.annotation, path)
+                yield statement.target.id, Field(read, doc=_help(statement.value))
 
 
 def _help(default: ast.expr | None) -> str:
@@ -374,9 +408,7 @@ def _evaluate(text: str, path: Path) -> tuple[Any, str]:
     for name, known in reader.names.items():
         if _is_literal(known) and name in text:
             text = " | ".join(str(v) for v in known.__args__) + (" | None" if "None" in text else "")
-    if "'torch." in text:
-        text = value.__name__ if isinstance(value, type) else str(value).replace("typing.", "")
-    return value, text
+    return _own_type(value) if "'torch." in text else (value, text)
 
 
 def _type_of(default: ast.expr | None) -> ast.expr | None:
