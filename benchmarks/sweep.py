@@ -2,7 +2,8 @@
 
 Same model, rows, steps and one thread. CPU seconds are those of a command with all its processes. What a step costs is
 the difference of sweeps with many and few steps; what a trial costs beyond them, of sweeps with many and few trials.
-The second part lets ASHA prune: it shows both tables, and how many optimizer steps each took. Linux only.
+The second part lets ASHA prune: it shows both tables, and how many optimizer steps each took. A pruner judges by the
+first values, so these must tell: the rows are learnt in a few steps (a sum is better than no answer). Linux only.
 """
 
 import argparse
@@ -94,10 +95,11 @@ def compare(model: Path, data: Path, folder: Path, trials: int, steps: int, besi
 
 def prune(model: Path, data: Path, folder: Path, trials: int, steps: int) -> None:
     """Print the tables of a sweep without pruning and of one with it."""
-    rates = "trainer.learning_rate=tag(log,interval(1e-6,3e-3))"
-    every = max(1, steps // 8)
-    given = [*keys(model, data, steps)[:-1], "dataset.eval=train[-8:]", "trainer.eval_strategy=steps", rates]
-    given += [f"trainer.eval_steps={every}", "search=random", f"search.n_trials={trials}"]
+    given = [
+        *(*keys(model, data, steps)[:-1], "dataset.train=train[:-8]", "dataset.eval=train[-8:]"),
+        *("trainer.eval_strategy=steps", f"trainer.eval_steps={max(1, steps // 8)}"),
+        *("search=random", f"search.n_trials={trials}", "trainer.learning_rate=tag(log,interval(1e-6,3e-4))"),
+    ]
     taken: dict[str, Any] = {}
     for pruner in ("none", "asha"):
         where = folder / f"pruner_{pruner}"
@@ -134,6 +136,8 @@ def main() -> None:
         if "compare" in given.part:
             compare(model, data, folder, given.trials, given.steps, given.beside)
         if "prune" in given.part:
+            refusals = [{**row, "rejected": [{"role": "assistant", "content": "I cannot say."}]} for row in rows]
+            data = write_rows(folder / "refusals", refusals, ["prompt", "chosen", "rejected"])
             prune(model, data, folder, 2 * given.trials, given.steps)
 
 
