@@ -1,7 +1,7 @@
 """A sweep of DPO trials beside Hydra's own and beside a shell loop of the TRL CLI: `python benchmarks/sweep.py`.
 
 Same model, rows, steps and one thread. CPU seconds are those of a command with all its processes. What a step costs is
-the difference of sweeps with many and few steps; what a trial costs beyond them, of sweeps with many and few trials.
+the difference of sweeps with many and few steps; what a trial costs beyond them, of many and few trials of few steps.
 The second part lets ASHA prune: it shows both tables, and how many optimizer steps each took. A pruner judges by the
 first values, so these must tell: the rows are learnt in a few steps (a sum is better than no answer). Linux only.
 """
@@ -61,7 +61,7 @@ def swept(trials: int) -> str:
 
 def compare(model: Path, data: Path, folder: Path, trials: int, steps: int, beside: list[str]) -> None:
     """Print what ours and those beside it cost."""
-    few, short = max(1, trials // 2), max(1, steps // 2)
+    few, short = max(1, trials // 4), max(1, steps // 4)
 
     def ours(trials: int, steps: int) -> list[list[str]]:
         where = f"hydra.sweep.dir={folder / f'ours_{trials}_{steps}'}"
@@ -84,8 +84,9 @@ def compare(model: Path, data: Path, folder: Path, trials: int, steps: int, besi
     found = {}
     for name, way in ways.items():
         wall, cpu = spend(way(trials, steps))
-        step = (cpu - spend(way(trials, short))[1]) / (trials * (steps - short))
-        trial = (cpu - spend(way(few, steps))[1]) / (trials - few) - steps * step
+        shorter = spend(way(trials, short))[1]
+        step = (cpu - shorter) / (trials * (steps - short))
+        trial = (shorter - spend(way(few, short))[1]) / (trials - few) - short * step
         found[name] = (wall, cpu, step, trial)
     print(f"{trials} DPO trials of {steps} steps   wall s   CPU s   of a step   of one more trial   ratio of CPU")
     for name, (wall, cpu, step, trial) in found.items():

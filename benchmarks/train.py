@@ -28,7 +28,7 @@ FACTORY = "llamafactory==0.9.5"
 SEED = 42
 LORA = {"r": 16, "alpha": 32}
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-PEERS = ["TRL CLI", "TRL CLI, its defaults", "LLaMA-Factory"]
+PEERS = ["TRL CLI", "LLaMA-Factory"]
 JOBS = {"sft": {"batch": 4, "lr": 2e-4}, "dpo": {"batch": 2, "lr": 5e-5}}
 
 
@@ -73,7 +73,7 @@ def trl_command(job: str, data: Path, out: Path, steps: int, *, checkpointing: b
     ]
 
 
-def factory_command(job: str, data: Path, out: Path, steps: int) -> list[str]:
+def factory_command(job: str, data: Path, out: Path, steps: int, *, checkpointing: bool) -> list[str]:
     """Return LLaMA-Factory's command, with its rows and config beside ours; its environment is made on first use."""
     folder = cache_dir() / f"benchmark-{FACTORY.replace('==', '-')}"
     if not (folder / "ready").exists():
@@ -107,8 +107,8 @@ def factory_command(job: str, data: Path, out: Path, steps: int) -> list[str]:
         **{"finetuning_type": "lora", "lora_rank": LORA["r"], "lora_alpha": LORA["alpha"], "lora_target": "all"},
         **{"lora_dropout": 0.0, "per_device_train_batch_size": JOBS[job]["batch"], "learning_rate": JOBS[job]["lr"]},
         **{"max_steps": steps, "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no"},
-        **{"seed": SEED, "disable_shuffling": True},
-        **{"use_cpu": True, "bf16": False, "fp16": False, "disable_gradient_checkpointing": True, "flash_attn": "sdpa"},
+        **{"seed": SEED, "disable_shuffling": True, "disable_gradient_checkpointing": not checkpointing},
+        **{"use_cpu": True, "bf16": False, "fp16": False, "flash_attn": "sdpa"},
         **{"report_to": "none", "disable_tqdm": True, "gradient_accumulation_steps": 1, "pref_beta": 0.1},
     }
     (data / "factory.yaml").write_text(json.dumps(config))
@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--job", choices=list(JOBS), nargs="+", default=list(JOBS))
     parser.add_argument("--peer", choices=PEERS, nargs="+", default=PEERS)
+    parser.add_argument("--checkpointing", action="store_true", help="of activations, on all sides")
     parser.add_argument("--orders", help="a file or folder of rows for SFT: compare two orders of them instead")
     parser.add_argument("--layers", type=int, default=30, help="of the model that reads them, to wait less")
     arguments = parser.parse_args()
@@ -142,11 +143,12 @@ def main() -> None:
         for job in arguments.job:
             columns = ["prompt", "completion"] if job == "sft" else ["prompt", "chosen", "rejected"]
             data = write_rows(Path(scratch, job), rows, columns)
-            compare(job, data, Path(scratch), arguments.runs, arguments.steps, arguments.peer)
+            compare(job, data, Path(scratch), arguments)
 
 
-def compare(job: str, data: Path, scratch: Path, runs: int, steps: int, peers: list[str]) -> None:
+def compare(job: str, data: Path, scratch: Path, asked: argparse.Namespace) -> None:
     """Run all sides in turn and print the table of one job."""
+    runs, steps, peers = asked.runs, asked.steps, asked.peer
     sides = ["runner", *peers]
     costs: dict[str, list[measure.Cost]] = {side: [] for side in sides}
     seen: dict[str, list[float]] = {}
@@ -155,17 +157,17 @@ def compare(job: str, data: Path, scratch: Path, runs: int, steps: int, peers: l
             out = scratch / "out"
             shutil.rmtree(out, ignore_errors=True)
             if side == "runner":
-                command = runner_command(job, data, out, steps)
-            elif side == "LLaMA-Factory":
-                command = factory_command(job, data, out, steps)
+                checkpointing = f"trainer.gradient_checkpointing={str(asked.checkpointing).lower()}"
+                command = runner_command(job, data, out, steps, checkpointing)
             else:
-                command = trl_command(job, data, out, steps, checkpointing=side != "TRL CLI")
+                write = factory_command if side == "LLaMA-Factory" else trl_command
+                command = write(job, data, out, steps, checkpointing=asked.checkpointing)
             cost = measure.run(command, env=THREADS, cwd=scratch, mark=r"'loss'|step \d+/")
             seen[side] = losses(cost.output, out)
             if turn:  # the first turn warms the disk
                 costs[side].append(cost)
     for side in sides:
-        if side != "TRL CLI, its defaults" and (not seen[side] or seen[side] != seen["runner"]):
+        if not seen[side] or seen[side] != seen["runner"]:
             print(f"void: the losses differ\nrunner {seen['runner']}\n{side} {seen[side]}")
     print(f"\n{job}: our losses {seen['runner']}\n")
     print("| | runner |" + "".join(f" {side} | ratio |" for side in peers) + "\n|---|---|" + "---|---|" * len(peers))

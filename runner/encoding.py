@@ -238,20 +238,18 @@ def encode_rows(
     """
     spelt = spell_rows(rows, tokenizer, reads=reads, tools=tools, first_row=first_row)
     stops = rendering.stop_tokens(tokenizer, of_chat=rendering.is_chat(rows[0], reads)) if rows else set()
-    bos, is_blank = tokenizer.bos_token_id, cache(lambda token: not str(tokenizer.decode([token])).strip())
+    bos, blank = tokenizer.bos_token_id, cache(lambda token: not str(tokenizer.decode([token])).strip())
     made = []
     for row in spelt:
         shared = min((one.prompt for one in row), default=0)  # of two answers, what both go on from
-        counts = [_count(one, shared, bos, stops, is_blank) for one in row]
+        counts = [_count(one, shared, bos, stops, blank) for one in row]
         made.append({"counts": counts, **_columns(row, shared, columns)})
     return made
 
 
-def _count(
-    one: Spelt, prompt: int, bos: int | None, stops: set[int], is_blank: Callable[[int], bool]
-) -> dict[str, Any]:
+def _count(one: Spelt, prompt: int, bos: int | None, stops: set[int], blank: Callable[[int], bool]) -> dict[str, Any]:
     ids, last, begins = one.ids, len(one.ids) - 1, 0
-    while last >= 0 and is_blank(ids[last]):
+    while last >= 0 and blank(ids[last]):
         last -= 1
     while begins < len(ids) and ids[begins] == bos:
         begins += 1

@@ -25,7 +25,7 @@ from runner import hardware, launch, lean, manifest, remote
 from runner.errors import ConfigError
 
 PRELOAD = ["runner.__main__", "runner.run", "runner.freeze", "trl", "peft", "datasets", "optuna", "pydantic",
-           "matplotlib.figure", "matplotlib.backends.backend_agg"]  # fmt: skip
+           "matplotlib.figure", "matplotlib.backends.backend_agg", "runner.rehearsal"]  # fmt: skip
 LOG = "runner.log"
 GRACE = 30.0  # seconds from the wish that a trial should end to its kill
 MEMORY = re.compile(

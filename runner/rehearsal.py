@@ -1,0 +1,8 @@
+"""What a process does before it loads its first model; imported where trials are forked, so that none has to do it."""
+
+from contextlib import suppress
+
+with suppress(ImportError):  # over a thousand patterns for the names of weights are compiled, and kept
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("")
