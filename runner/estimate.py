@@ -357,7 +357,5 @@ def _logits(model: Model, work: Work) -> float:
         return 0
     if work.trainer == "ppo":
         return 4 * min(work.scored * model.vocabulary, PPO_CELLS) * 5  # logits, gradients, what entropy is made of
-    if work.trainer in ("orpo", "cpo"):
-        return 4 * work.sequences * work.length * model.vocabulary * 3
     cells = min(work.scored, TOKEN_TILE) * min(model.vocabulary, VOCABULARY_TILE)
     return 4 * cells * (1.5 if work.cuda else 8)  # in plain torch: scores, scaled, shifted, and their gradients

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -40,3 +41,42 @@ def compact_lm_head() -> bool:
     compacts.compacts = True  # type: ignore[attr-defined]  # marks it as ours, so that it is replaced once
     utils._use_triton = compacts
     return True
+
+
+def compact_pairs(trainer: Any) -> bool:
+    """Give a trainer that makes logits of all of a pair, as ORPO's and CPO's, the LM head of DPO; return whether it is.
+
+    The loss stays. ``logits/chosen`` and ``logits/rejected`` become means over the answers, as DPO logs them; upstream
+    they are means over prompts and padding, too.
+
+    Source: trl/experimental/orpo/orpo_trainer.py and cpo/cpo_trainer.py, ``concatenated_forward``
+    """
+    if not hasattr(trainer, "concatenated_forward") or trainer.is_encoder_decoder or not compact_lm_head():
+        return False
+    from trl.trainer.utils import add_fused_lm_head
+
+    bare = trainer.model.get_base_model() if hasattr(trainer.model, "peft_config") else trainer.model
+    add_fused_lm_head(bare, outputs=("log_probs", "mean_logits"))
+    trainer.concatenated_forward = partial(_score_pairs, trainer)
+    return True
+
+
+def _score_pairs(trainer: Any, model: Any, batch: dict[str, Any]) -> tuple[Any, ...]:
+    """Return log-probabilities and mean logits of B chosen and B rejected answers, and the loss of the chosen ones."""
+    is_cpo = hasattr(trainer, "cpo_alpha")
+    padding = trainer.pad_token_id if is_cpo else trainer.padding_value
+    pairs = trainer.concatenated_inputs(batch, padding_value=padding, device=trainer.accelerator.device)
+    ids, mask, answers = (pairs[f"concatenated_{name}"] for name in ("input_ids", "attention_mask", "labels"))
+    count, learnt = len(batch["chosen_labels"]), answers.clone()
+    if not is_cpo:  # which learns the chosen answer's prompt, too
+        learnt[:count] = ids[:count].masked_fill(mask[:count] != 1, -100)
+    more = {"output_router_logits": True} if trainer.aux_loss_enabled else {}
+    output = model(ids, attention_mask=mask, labels=learnt, fused_lm_head=True, **more)
+    answers, learnt = answers[:, 1:] != -100, learnt[:count, 1:] != -100
+    scores, means = (of[:, -answers.shape[1] :] for of in (output.log_probs, output.mean_logits))
+    logps = (scores * answers).sum(-1)
+    if not is_cpo or trainer.loss_type in ("ipo", "simpo"):
+        logps = logps / answers.sum(-1)
+    loss = -scores[:count][learnt].mean()
+    found = logps[:count], logps[count:], means[:count][answers[:count]], means[count:][answers[count:]], loss
+    return (*found, output.aux_loss) if trainer.aux_loss_enabled else found

@@ -88,51 +88,15 @@ def load_tokenizer(
     return tokenizer
 
 
-def load_policy(
-    name_or_path: str,
-    *,
-    tokenizer: "PreTrainedTokenizerBase",
-    revision: str | None = None,
-    dtype: str = "auto",
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-    quantization: "BitsAndBytesConfig | None" = None,
-    adapter: bool = False,
-    gradient_checkpointing: bool = False,
-) -> "PreTrainedModel":
-    """Return a causal language model that fits ``tokenizer``.
-
-    Args:
-        name_or_path: A folder or a hub id; an adapter's folder gives its base with the adapter merged in.
-        tokenizer: What ``load_tokenizer`` gave; the embedding grows to it, the special tokens follow it.
-        revision: Branch, tag or commit of a hub id.
-        dtype: ``auto`` is float32 for weights that train; see ``hardware.weights_dtype``.
-        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; null leaves it to transformers.
-        trust_remote_code: Whether the repository's own code may run.
-        allow_pickle: Whether weights may be read that are not safetensors.
-        quantization: How to quantize the frozen weights; the model comes back prepared for an adapter.
-        adapter: Whether only an adapter will train, so that the weights stay frozen.
-        gradient_checkpointing: Whether training will recompute activations; for quantized models.
+def load_policy(name_or_path: str, *, tokenizer: "PreTrainedTokenizerBase", **options: Any) -> "PreTrainedModel":
+    """Return a causal language model that fits ``tokenizer``; arguments are those of ``load``.
 
     Raises:
         ConfigError: It cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
-    model, missing = _load(
-        AutoModelForCausalLM,
-        name_or_path,
-        tokenizer=tokenizer,
-        revision=revision,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-        quantization=quantization,
-        adapter=adapter,
-        gradient_checkpointing=gradient_checkpointing,
-    )
+    model, missing = load(AutoModelForCausalLM, name_or_path, tokenizer=tokenizer, **options)
     if missing:
         raise ConfigError(
             f"{KEY}={name_or_path} is no language model: its files lack {', '.join(missing[:3])}. Name a model that "
@@ -163,7 +127,7 @@ def load_classifier(
         name_or_path: A folder or a hub id; an adapter's folder gives its base with the adapter merged in.
         tokenizer: What ``load_tokenizer`` gave.
         scores: Whether it is to score others, which a random head cannot.
-        options: The other keywords of ``load_policy``.
+        options: The other keywords of ``load``.
 
     Raises:
         ConfigError: It cannot be loaded.
@@ -171,7 +135,7 @@ def load_classifier(
     from transformers import AutoModelForSequenceClassification
 
     kind = AutoModelForSequenceClassification
-    model, missing = _load(kind, name_or_path, tokenizer=tokenizer, num_labels=1, **options)
+    model, missing = load(kind, name_or_path, tokenizer=tokenizer, num_labels=1, **options)
     if missing and scores:
         logger.warning(
             "%s is no reward model: its files lack %s, so its scores are those of a random head. Name one that has "
@@ -182,6 +146,68 @@ def load_classifier(
         logger.warning("%s has no score head: %s starts anew", name_or_path, ", ".join(missing))
     model.new_head = bool(missing)
     return model
+
+
+def load(
+    kind: Any,
+    name_or_path: str,
+    *,
+    tokenizer: "PreTrainedTokenizerBase",
+    revision: str | None = None,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    quantization: "BitsAndBytesConfig | None" = None,
+    adapter: bool = False,
+    gradient_checkpointing: bool = False,
+    **labels: int,
+) -> tuple[Any, list[str]]:
+    """Return a model of an auto class that fits ``tokenizer``, and the weights that its files lack.
+
+    Args:
+        kind: The class.
+        name_or_path: A folder or a hub id; an adapter's folder gives its base with the adapter merged in.
+        tokenizer: What ``load_tokenizer`` gave; the embedding grows to it, the special tokens follow it.
+        revision: Branch, tag or commit of a hub id.
+        dtype: ``auto`` is float32 for weights that train; see ``hardware.weights_dtype``.
+        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; null leaves it to transformers.
+        trust_remote_code: Whether the repository's own code may run.
+        allow_pickle: Whether weights may be read that are not safetensors.
+        quantization: How to quantize the frozen weights; the model comes back prepared for an adapter.
+        adapter: Whether only an adapter will train, so that the weights stay frozen.
+        gradient_checkpointing: Whether training will recompute activations; for quantized models.
+        labels: ``num_labels`` of a classifier.
+
+    Raises:
+        ConfigError: It cannot be loaded.
+    """
+    from accelerate import PartialState
+    from transformers.utils import find_adapter_config_file
+
+    path, device = local_path(name_or_path, revision), PartialState().device
+    source: dict[str, Any] = {"trust_remote_code": trust_remote_code, "use_safetensors": None if allow_pickle else True}
+    options: dict[str, Any] = {**source, **labels}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if quantization is not None:
+        options |= {"quantization_config": quantization, "device_map": {"": device}}
+    with hub.explained(path, key=KEY):
+        if find_adapter_config_file(path, revision=revision):
+            path, revision = str(merge_adapter(path, tokenizer, revision, source)), None
+        model, info = kind.from_pretrained(
+            path,
+            revision=revision or "main",
+            dtype=hardware.weights_dtype(dtype, frozen=adapter or quantization is not None, device=device.type),
+            output_loading_info=True,
+            **options,
+        )
+    fit_embedding(model, tokenizer)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if quantization is not None:
+        model = _prepare_quantized(model, gradient_checkpointing=gradient_checkpointing)
+    logger.info("%s: %s, %s, on %s", name_or_path, type(model).__name__, model.dtype, device)
+    return model, sorted(info["missing_keys"])
 
 
 def digest_weights(folder: Path) -> str | None:
@@ -276,51 +302,6 @@ def _set_pad_token(tokenizer: "PreTrainedTokenizerBase", pad_token: str | None) 
         tokenizer.add_special_tokens({"pad_token": pad_token})
     origin = "of its vocabulary" if pad_token in vocabulary else "a new token"
     logger.info("Padding with %s, %s; the tokenizer's own is %s", pad_token, origin, own or "missing")
-
-
-def _load(
-    kind: Any,
-    name_or_path: str,
-    *,
-    tokenizer: "PreTrainedTokenizerBase",
-    revision: str | None = None,
-    dtype: str = "auto",
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-    quantization: "BitsAndBytesConfig | None" = None,
-    adapter: bool = False,
-    gradient_checkpointing: bool = False,
-    **labels: int,
-) -> tuple[Any, list[str]]:
-    """Return a model of an auto class that fits ``tokenizer``, and the weights that its files lack."""
-    from accelerate import PartialState
-    from transformers.utils import find_adapter_config_file
-
-    path, device = local_path(name_or_path, revision), PartialState().device
-    source: dict[str, Any] = {"trust_remote_code": trust_remote_code, "use_safetensors": None if allow_pickle else True}
-    options: dict[str, Any] = {**source, **labels}
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    if quantization is not None:
-        options |= {"quantization_config": quantization, "device_map": {"": device}}
-    frozen = adapter or quantization is not None
-    with hub.explained(path, key=KEY):
-        if find_adapter_config_file(path, revision=revision):
-            path, revision = str(merge_adapter(path, tokenizer, revision, source)), None
-        model, info = kind.from_pretrained(
-            path,
-            revision=revision or "main",
-            dtype=hardware.weights_dtype(dtype, frozen=frozen, device=device.type),
-            output_loading_info=True,
-            **options,
-        )
-    fit_embedding(model, tokenizer)
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    if quantization is not None:
-        model = _prepare_quantized(model, gradient_checkpointing=gradient_checkpointing)
-    logger.info("%s: %s, %s, on %s", name_or_path, type(model).__name__, model.dtype, device)
-    return model, sorted(info["missing_keys"])
 
 
 def merge_adapter(

@@ -18,7 +18,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-TRAINERS = frozenset({"dpo", "reward"})  # ORPO and CPO log means of logits that padding is part of
+TRAINERS = frozenset({"dpo", "reward", "orpo", "cpo"})
 # Models whose body sees nothing but token ids, their positions and the mask; each is tested.
 TYPES = frozenset({"gpt_neox", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"})
 OWN_WAYS = ("torch_compile", "use_liger_kernel", "padding_free", "neftune_noise_alpha")  # of a trainer, to run a model

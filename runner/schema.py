@@ -6,6 +6,7 @@ second, without torch, a device or a hub.
 
 import ast
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, lru_cache, partial
 from importlib.util import find_spec
@@ -154,11 +155,10 @@ class Field:
         from pydantic import ValidationError  # it takes a while to import, and few values need it
 
         strict = "tuple" not in self.text and "set[" not in self.text
-        try:
+        with suppress(ValidationError):
             _adapter(self.type, strict).validate_python(value)
-        except ValidationError:
-            return False
-        return True
+            return True
+        return False
 
 
 def _is_plainly(value: Any, kind: Any) -> bool:

@@ -147,7 +147,7 @@ def load_model(name: str, tokenizer: Any, config: dict[str, Any], arguments: Any
         quantization=quantization,
         adapter=adapter is not None,
         gradient_checkpointing=bool(arguments.gradient_checkpointing),
-        **given(models.load_policy, config["model"]),
+        **given(models.load, config["model"]),
     )
     if adapter:
         adapters.check_adapter(model, adapter)
@@ -186,9 +186,9 @@ def build_trainer(
 
     cls = prepared.prepared(trainer_class(config["trainer"]["_target_"]))
     parts = _parts(cls, config, adapter, arguments, tokenizer, scoring)
-    sharing = _save_work(
-        [model, parts.get("ref_model")], arguments, adapter, trainer_name(config["trainer"]["_target_"])
-    )
+    name = trainer_name(config["trainer"]["_target_"])
+    lm_head.compact_lm_head()
+    sharing = prefix_sharing.share_prefixes([model, parts.get("ref_model")], arguments, adapter, trainer=name)
     try:
         trainer = cls(
             model=model,
@@ -208,17 +208,12 @@ def build_trainer(
         raise ConfigError(f"{cls.__name__} refuses this config: {error}") from error
     engines.verify(trainer, config.get("launch") or {})
     refuse_leaks(trainer)
+    lm_head.compact_pairs(trainer)
     if adapter or arguments.fp16:
         adapters.keep_float32(trainer.model)
     trainer.prefix_sharing = sharing
     trainer.remove_callback(PrinterCallback)  # Progress says it in one line
     return trainer
-
-
-def _save_work(loaded: list[Any], arguments: Any, adapter: Any, name: str) -> prefix_sharing.Sharing:
-    """Spare the models of a trainer what its loss does not need."""
-    lm_head.compact_lm_head()
-    return prefix_sharing.share_prefixes(loaded, arguments, adapter, trainer=name)
 
 
 def trainer_class(target: str) -> Any:
@@ -264,7 +259,7 @@ def _load_value_model(node: dict[str, Any], tokenizer: Any) -> Any:
             f"tokens, such as {foreign[0]!r}, are not the same in its vocabulary. Choose a model of the policy's "
             "family, or leave value_model out: trainer.value_mode=separate then begins as the policy."
         )
-    return models.load_classifier(tokenizer=tokenizer, **given(models.load_policy, node))
+    return models.load_classifier(tokenizer=tokenizer, **given(models.load, node))
 
 
 def load_rewards(config: dict[str, Any], *, columns: set[str], online: bool) -> rewards.Rewards:
@@ -284,7 +279,7 @@ def load_rewards(config: dict[str, Any], *, columns: set[str], online: bool) -> 
         if not online:
             raise ConfigError("a reward model scores only the answers of trainers that optimise it")
         tokenizer = models.load_tokenizer(**given(models.load_tokenizer, node))
-        options = given(models.load_policy, node)
+        options = given(models.load, node)
         model = models.load_classifier(tokenizer=tokenizer, scores=True, adapter=True, **options)
         untrained.extend([node["name_or_path"]] if model.new_head else [])
         return model, tokenizer

@@ -1,12 +1,16 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import trl
 from datasets import Dataset
+from peft import LoraConfig
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from trl.kernels import chunked_logprob
 from trl.trainer import utils
 
-from runner.lm_head import compact_lm_head
+from runner.lm_head import compact_lm_head, compact_pairs
+from runner.prefix_sharing import share_prefixes
 
 FIELDS = ("log_probs", "entropy", "is_top1")
 COMMON = {
@@ -147,6 +151,76 @@ def train(name, folder):
     )
     trainer.train()
     return [log[key] for log in trainer.state.log_history if "loss" in log for key in ("loss", "grad_norm")]
+
+
+PAIRS = {"ORPO": {}, "CPO": {}, "CPO simpo": {"loss_type": "simpo", "cpo_alpha": 0.5}}
+
+
+def pair_trainer(name, folder, *, compact, adapter=None):
+    """Return a trainer that makes logits of whole pairs, and how often it shared what they have in common."""
+    import importlib
+
+    kind = name.split()[0]
+    module = importlib.import_module(f"trl.experimental.{kind.lower()}")
+    rows = [{"prompt": p, "chosen": f" {p[::-1]}", "rejected": " the end"} for p in PROMPTS]
+    model = tiny_model("llama", tiny_tokenizer())
+    sharing = share_prefixes([model] if compact else [], SimpleNamespace(), adapter, trainer=kind.lower())
+    trainer = getattr(module, f"{kind}Trainer")(
+        model=model,
+        args=getattr(module, f"{kind}Config")(
+            output_dir=str(folder), **COMMON, **PAIRS[name], eval_strategy="steps", eval_steps=1, max_length=64
+        ),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[1:]),
+        processing_class=tiny_tokenizer(),
+        peft_config=adapter,
+    )
+    assert not compact or compact_pairs(trainer)
+    return trainer, sharing
+
+
+def train_pairs(name, folder, *, compact, adapter):
+    """Return all metrics of two steps and two evaluations."""
+    trainer, sharing = pair_trainer(name, folder, compact=compact, adapter=adapter)
+    trainer.train()
+    assert (sharing.shared > 0) == compact
+    times = ("runtime", "per_second", "epoch", "step")
+    return [{k: v for k, v in log.items() if not k.endswith(times)} for log in trainer.state.log_history[:-1]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [None, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")])
+@pytest.mark.parametrize("name", PAIRS)
+def test_losses_of_whole_pairs_stay_the_same_without_their_logits(tmp_path, name, adapter, monkeypatch):
+    before = train_pairs(name, tmp_path / "upstream", compact=False, adapter=adapter)
+    monkeypatch.setattr(torch.nn.Linear, "forward", no_logits(torch.nn.Linear.forward))
+    after = train_pairs(name, tmp_path / "compact", compact=True, adapter=adapter)
+    for log, other in zip(before, after, strict=True):
+        same = [key for key in log if "logits/" not in key]
+        assert [other[key] for key in same] == pytest.approx([log[key] for key in same], abs=1e-5, rel=1e-5)
+        assert other.keys() == log.keys()
+    assert len(before) == 4
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_mean_logits_of_a_pair_are_those_of_its_answers(tmp_path, name):
+    trainer, _ = pair_trainer(name, tmp_path, compact=True)
+    batch = next(iter(trainer.get_train_dataloader()))
+    _, _, chosen, rejected, _ = trainer.concatenated_forward(trainer.model, batch)
+    for side, found in (("chosen", chosen), ("rejected", rejected)):
+        given = {key: batch[f"{side}_{key}"] for key in ("input_ids", "attention_mask")}
+        logits = trainer.model(**given).logits[:, :-1][batch[f"{side}_labels"][:, 1:] != -100]
+        assert found.mean().item() == pytest.approx(logits.mean().item(), abs=1e-5)
+
+
+def no_logits(forward):
+    """Return a linear layer's pass that makes no logits of the vocabulary."""
+
+    def checked(self, hidden):
+        assert self.out_features < 290, "the LM head reads all positions"
+        return forward(self, hidden)
+
+    return checked
 
 
 @pytest.mark.slow

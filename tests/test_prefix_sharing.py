@@ -145,7 +145,7 @@ def test_a_model_that_cannot_says_why_and_is_left_as_it_was(caplog, model, adapt
     assert ("forward" in vars(model.base_model)) == (not why)
 
 
-@pytest.mark.parametrize("trainer", ["sft", "kto", "orpo", "cpo", "grpo"])
+@pytest.mark.parametrize("trainer", ["sft", "kto", "grpo"])
 def test_other_trainers_read_rows_as_they_come(trainer):
     model = model_of("llama")
     share_prefixes([model], SimpleNamespace(), None, trainer=trainer)
