@@ -215,6 +215,7 @@ def work_of(
     sides = 2 if trainer in ("dpo", "reward", "orpo", "cpo") else 1
     sequences, length = sides * batch, audit["longest"]
     scored = min(sequences * audit["completion_tokens"]["p90"], sequences * length)
+    scored += (sequences * length - scored) / 2 if trainer == "orpo" else 0  # it learns the chosen one's prompt, too
     graphs = 1
     if answers_prompts(arguments):
         answer = arguments.max_completion_length or 0

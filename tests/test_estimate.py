@@ -80,6 +80,17 @@ def test_what_a_pair_shares_is_counted_where_it_is_done(pair, truncated, mode, s
     assert (work.sequences, work.length, work.shared) == (4, 10, shared)
 
 
+@pytest.mark.parametrize(("trainer", "scored"), [("dpo", 4 * 3), ("cpo", 4 * 3), ("orpo", 2 * 3 + 2 * 10)])
+def test_orpo_scores_the_chosen_prompts_too(trainer, scored):
+    arguments = SimpleNamespace(
+        per_device_train_batch_size=2, gradient_accumulation_steps=1, optim="adamw_torch", gradient_checkpointing=False,
+        use_cpu=True,
+    )  # fmt: skip
+    audit = {"prompt_tokens": {"p99": 7}, "completion_tokens": {"p90": 3}, "longest": 10}
+    samples = {"batch_size": 1, "rows": 0, "max_new_tokens": 1}
+    assert work_of(trainer, arguments, audit=audit, samples=samples, held_out=0, copies=0).scored == scored
+
+
 def test_loading_is_a_moment_of_its_own():
     # weights of 4,000 bytes and the file of 50,000 that they come from: more than the 29,600 of a step
     assert estimate_memory(replace(MODEL, loading=50_000), WORK)["peak"] == PROCESS + 4000 + 50_000
