@@ -134,17 +134,16 @@ def load_classifier(
     """
     from transformers import AutoModelForSequenceClassification
 
-    kind = AutoModelForSequenceClassification
-    model, missing = load(kind, name_or_path, tokenizer=tokenizer, num_labels=1, **options)
-    if missing and scores:
+    model, absent = load(AutoModelForSequenceClassification, name_or_path, tokenizer=tokenizer, num_labels=1, **options)
+    if absent and scores:
         logger.warning(
             "%s is no reward model: its files lack %s, so its scores are those of a random head. Name one that has "
             "learnt to score, for example what trainer=reward left: name_or_path=<run>/model",
-            *(name_or_path, ", ".join(missing)),
+            *(name_or_path, ", ".join(absent)),
         )
-    elif missing:
-        logger.warning("%s has no score head: %s starts anew", name_or_path, ", ".join(missing))
-    model.new_head = bool(missing)
+    elif absent:
+        logger.warning("%s has no score head: %s starts anew", name_or_path, ", ".join(absent))
+    model.new_head = bool(absent)
     return model
 
 

@@ -82,6 +82,7 @@ class Plan:
         axes: What is swept, in the order of the command.
         fixed: The overrides of every trial.
         base: The first combination, composed.
+        composed: The combinations that were composed to check them, by the overrides that are their own.
         trainers: Modules of the trainers that are used.
         left_out: Modules that no trial can ask for; see ``lean.left_out``.
         launcher: What was typed of a launcher that starts trials elsewhere; empty: they are processes of this machine.
@@ -92,6 +93,7 @@ class Plan:
     axes: list[Axis]
     fixed: list[str]
     base: Composed
+    composed: dict[tuple[str, ...], Composed]
     trainers: list[str]
     left_out: str
     launcher: list[str]
@@ -131,6 +133,9 @@ class Plan:
         return {**flat(own), **kept, **swept}
 
 
+prepared: list[Plan] = []  # what ``prepare`` has read, for the sweep that Hydra starts after it
+
+
 def read(overrides: list[str], **where: Any) -> Plan:
     """Read and check a sweep.
 
@@ -168,12 +173,13 @@ def read(overrides: list[str], **where: Any) -> Plan:
             "There is nothing to sweep: no key has several values. Type for example seed=1,2,3 or "
             "'trainer.learning_rate=tag(log,interval(1e-6,1e-4))', or leave out -m for one run."
         )
-    cells = [_check(cell, fixed, own, where) for cell in corners(axes)]
+    composed = {tuple(cell): _check(cell, fixed, own, where) for cell in corners(axes)}
+    cells = list(composed.values())
     known = {field.name for field in fields(schema.Search)}
     search = schema.Search(**{key: value for key, value in cells[0].config["search"].items() if key in known})
-    files = {_trainer_file(cell.config["trainer"]["_target_"]) for cell in cells}
+    modules = sorted({_trainer_file(cell.config["trainer"]["_target_"])[0] for cell in cells})
     left_out = lean.left_out(*(cell.config for cell in cells))
-    plan = Plan(search, axes, fixed, cells[0], sorted(module for module, _ in files), left_out, launcher, where)
+    plan = Plan(search, axes, fixed, cells[0], composed, modules, left_out, launcher, where)
     _refuse(plan, cells)
     return plan
 
@@ -187,7 +193,8 @@ def prepare(overrides: list[str], **where: Any) -> list[str]:
     hydra = [text for text in overrides if text.startswith("hydra")]
     if any(text.startswith("output_dir=") for text in overrides):
         raise ConfigError("output_dir has no effect in a sweep, whose trials need one each: type hydra.sweep.dir=...")
-    going_on = read(overrides, **where).search.resume
+    prepared[:] = [read(overrides, **where)]
+    going_on = prepared[0].search.resume
     if going_on is None:
         return []
     if any(text.startswith("hydra.sweep.dir=") for text in hydra):

@@ -28,20 +28,18 @@ logger = logging.getLogger(__name__)
 
 
 def main(hydra: Any, arguments: list[str]) -> None:
-    """Run a sweep from inside Hydra; the process ends with its exit code where that is not 0.
+    """Run the sweep that ``search.prepare`` has read, from inside Hydra; an exit code other than 0 ends the process.
 
     Args:
         hydra: Hydra's own config, which says where the sweep goes and where options are.
         arguments: The overrides that were typed.
     """
-    given = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
-    where = {"config_dir": given[0] if given else None, "config_name": hydra.job.config_name}
     directory = Path(hydra.sweep.dir)
     of_launcher = ("hydra/launcher=", "hydra.launcher.")
     arguments += [text for text in hydra.overrides.hydra if text.lstrip("+").startswith(of_launcher)]
     GlobalHydra.instance().clear()  # trials are composed as runs are, which begins afresh
     try:
-        code = run(search.read(arguments, **where), directory, arguments)
+        code = run(search.prepared.pop(), directory, arguments)
     except ConfigError as error:
         sys.stderr.write(f"runner: {error}\n")
         code = 2
@@ -138,7 +136,7 @@ class Sweep:
             return
         overrides = [*self.plan.fixed, *point]
         try:
-            composed = compose.compose(overrides, **self.plan.where)
+            composed = self.plan.composed.get(tuple(point)) or compose.compose(overrides, **self.plan.where)
         except ConfigError as error:
             self.settle(number, ("failed", str(error)), 0.0)
             return

@@ -73,7 +73,7 @@ def test_a_grid_has_hydras_combinations_in_hydras_order(overrides):
     parsed = OverridesParser.create(config_loader=Options()).parse_overrides(overrides)
     hydras = [set(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
     axes, fixed = search._split(list(zip(overrides, compose.parse(overrides), strict=True)))
-    plan = search.Plan(search.schema.Search(), axes, fixed, None, [], "", [], {})
+    plan = search.Plan(search.schema.Search(), axes, fixed, None, {}, [], "", [], {})
     ours = [{*fixed, *(axis.text(value) for axis, value in zip(axes, cell, strict=True))} for cell in plan.grid]
     assert ours == hydras
 
@@ -81,6 +81,16 @@ def test_a_grid_has_hydras_combinations_in_hydras_order(overrides):
 def test_every_value_is_composed_once_before_the_first_trial():
     axes, _ = search._split([(t, compose.parse([t])[0]) for t in ["trainer=sft,dpo", "seed=int(interval(1,9))"]])
     assert search.corners(axes) == [["trainer=sft", "seed=1"], ["trainer=dpo", "seed=1"], ["trainer=sft", "seed=9"]]
+
+
+def test_a_trial_is_the_run_that_its_check_composed():
+    plan = search.read(["search=grid", "trainer.beta=0.1,0.5", "trainer=dpo"])
+    assert list(plan.composed) == [("trainer.beta=0.1",), ("trainer.beta=0.5",)]
+    for own, composed in plan.composed.items():
+        alone = compose.compose(["trainer=dpo", *own])
+        apart = {"search": None, "output_dir": None}  # the one is no part of a run, the other is its own
+        for found, wanted in ((composed.config, alone.config), (composed.choices, alone.choices)):
+            assert {**found, **apart} == {**wanted, **apart}
 
 
 @pytest.mark.parametrize(
