@@ -51,7 +51,8 @@ def compact_pairs(trainer: Any) -> bool:
 
     Source: trl/experimental/orpo/orpo_trainer.py and cpo/cpo_trainer.py, ``concatenated_forward``
     """
-    if not hasattr(trainer, "concatenated_forward") or trainer.is_encoder_decoder or not compact_lm_head():
+    # liger replaces the forward pass that the head is in
+    if not hasattr(trainer, "concatenated_forward") or trainer.args.use_liger_kernel or not compact_lm_head():
         return False
     from trl.trainer.utils import add_fused_lm_head
 

@@ -202,6 +202,13 @@ def test_losses_of_whole_pairs_stay_the_same_without_their_logits(tmp_path, name
     assert len(before) == 4
 
 
+def test_where_liger_replaces_the_forward_pass_the_pairs_are_left_as_they_were(tmp_path):
+    trainer, _ = pair_trainer("CPO", tmp_path, compact=False)
+    trainer.args.use_liger_kernel = True
+    assert not compact_pairs(trainer)
+    assert "concatenated_forward" not in vars(trainer)
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_mean_logits_of_a_pair_are_those_of_its_answers(tmp_path, name):
     trainer, _ = pair_trainer(name, tmp_path, compact=True)
