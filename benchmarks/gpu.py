@@ -3,7 +3,7 @@
 A model of the shape of Qwen2.5-0.5B with random weights is trained with LoRA on the same rows, in bf16 where the device
 has it, by both sides in turn, each in a process of its own. A step lasts from its begin to the next one's, the work of
 the device awaited; memory is the most that the device had allocated. Then ours runs once more under a profiler, for the
-ten operations that took longest. Losses that differ in the first two digits make a comparison void.
+ten operations that took longest. First losses that differ by a hundredth make a comparison void.
 
 On a machine without a GPU it runs, too, and shows nothing: `--layers 2 --width 64 --length 32 --steps 4`.
 """
@@ -44,7 +44,7 @@ def main() -> None:
             ratios = [f"{of['runner']:.{n}f} / {of['trl']:.{n}f} = {of['runner'] / of['trl']:.2f}"
                       for of, n in ((step, 3), (memory, 0))]  # fmt: skip
             print(f"| {job} | {' | '.join(ratios)} |", flush=True)
-            first = {side: [f"{loss:.1e}" for loss in results[0]["losses"][:1]] for side, results in found.items()}
+            first = {side: [round(loss, 2) for loss in results[0]["losses"][:3]] for side, results in found.items()}
             if first["runner"] != first["trl"] or not first["runner"]:
                 print(f"void: the losses differ: {first}")
             tops[job] = in_process(folder, job, "runner", "profile", profiled=True)["top"]
@@ -64,7 +64,10 @@ def arguments() -> argparse.Namespace:
     for hidden in ("--side", "--folder", "--out"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.steps < 4:
+        parser.error("at least four steps: the last three are profiled")
+    return given
 
 
 def in_process(folder: str, job: str, side: str, out: str, *, profiled: bool) -> dict[str, Any]:
@@ -139,7 +142,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         if has_gpu:
             torch.cuda.synchronize()
         began.append(time.perf_counter())
-        if asked.profiled and len(began) == asked.steps - 3:
+        if asked.profiled and len(began) == asked.steps - 2:
             profiler.start()
         if asked.profiled and len(began) == asked.steps:
             profiler.stop()

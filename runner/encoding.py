@@ -79,7 +79,7 @@ def encode(
     """Return the token ids and the counts of every row, from the disk if they were made before.
 
     The file is named after what its content follows from: the rows, the tokenizer with its chat template, what is
-    asked for, and this module. Processes that want the same one at once make it once. It lies in the folder of
+    asked for, and how it is made here. Processes that want the same one at once make it once. It lies in the folder of
     ``datasets`` (``HF_DATASETS_CACHE``), and is removed when nobody has read it for a month.
 
     Args:
@@ -304,8 +304,8 @@ def spell_rows(
 def _encode(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, special: bool) -> list[list[int]]:
     """Encode texts; of chats, each piece between two special tokens once.
 
-    A tokenizer splits a text at its special tokens first, and what lies between them is encoded by itself. The first
-    and last texts are also encoded whole, and if one of them differs all are.
+    A tokenizer splits a text at its special tokens first, and encodes what lies between them by itself. The first and
+    last texts are also encoded whole, and if one of them differs all are.
     Source: https://huggingface.co/docs/tokenizers/api/added-tokens
     """
     splitting = [] if special else _splitting_tokens(tokenizer)
@@ -322,11 +322,15 @@ def _encode(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, speci
 
 
 def _splitting_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """Return the tokens at which a text is split before anything else; none where they also take the space around."""
-    added = tokenizer.added_tokens_decoder.values() if tokenizer.is_fast else ()
-    tokens = [token for token in added if not token.normalized]
+    """Return the tokens at which a text is split before anything else, into pieces that do not hang on each other.
+
+    There are none where a token also takes the space around it, or where the first piece is marked as the first.
+    """
+    if not tokenizer.is_fast or "prepend_scheme=first" in repr(tokenizer.backend_tokenizer.pre_tokenizer):
+        return []
+    tokens = [token for token in tokenizer.added_tokens_decoder.values() if not token.normalized]
     greedy = any(token.lstrip or token.rstrip or token.single_word for token in tokens)
-    return [] if greedy else [token.content for token in tokens]
+    return [] if greedy or tokenizer.split_special_tokens else [token.content for token in tokens]
 
 
 def _to_ids(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, special: bool) -> list[list[int]]:

@@ -6,6 +6,8 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
+from runner.prefix_sharing import TYPES
+
 logger = logging.getLogger(__name__)
 
 VERSIONS = ("1.16",)  # minor versions of TRL whose source was read and whose losses were compared
@@ -47,16 +49,20 @@ def compact_pairs(trainer: Any) -> bool:
     """Give a trainer that makes logits of all of a pair, as ORPO's and CPO's, the LM head of DPO; return whether it is.
 
     The loss stays. ``logits/chosen`` and ``logits/rejected`` become means over the answers, as DPO logs them; upstream
-    they are means over prompts and padding, too.
+    they are means over prompts and padding, too. Models of types that were not compared keep upstream's way, as does
+    a loss that weighs experts.
 
     Source: trl/experimental/orpo/orpo_trainer.py and cpo/cpo_trainer.py, ``concatenated_forward``
     """
-    # liger replaces the forward pass that the head is in
-    if not hasattr(trainer, "concatenated_forward") or trainer.args.use_liger_kernel or not compact_lm_head():
+    if not hasattr(trainer, "concatenated_forward"):
+        return False
+    bare = trainer.model.get_base_model() if hasattr(trainer.model, "peft_config") else trainer.model
+    unlike = bare.config.model_type not in TYPES or trainer.aux_loss_enabled
+    if unlike or trainer.args.use_liger_kernel or not compact_lm_head():  # liger replaces the model's forward pass
+        logger.info("%s scores every position of this model, as upstream has it", type(trainer).__name__)
         return False
     from trl.trainer.utils import add_fused_lm_head
 
-    bare = trainer.model.get_base_model() if hasattr(trainer.model, "peft_config") else trainer.model
     add_fused_lm_head(bare, outputs=("log_probs", "mean_logits"))
     trainer.concatenated_forward = partial(_score_pairs, trainer)
     return True
@@ -71,13 +77,13 @@ def _score_pairs(trainer: Any, model: Any, batch: dict[str, Any]) -> tuple[Any, 
     count, learnt = len(batch["chosen_labels"]), answers.clone()
     if not is_cpo:  # which learns the chosen answer's prompt, too
         learnt[:count] = ids[:count].masked_fill(mask[:count] != 1, -100)
-    more = {"output_router_logits": True} if trainer.aux_loss_enabled else {}
-    output = model(ids, attention_mask=mask, labels=learnt, fused_lm_head=True, **more)
+    output = model(ids, attention_mask=mask, labels=learnt, fused_lm_head=True)
     answers, learnt = answers[:, 1:] != -100, learnt[:count, 1:] != -100
     scores, means = (of[:, -answers.shape[1] :] for of in (output.log_probs, output.mean_logits))
     logps = (scores * answers).sum(-1)
     if not is_cpo or trainer.loss_type in ("ipo", "simpo"):
         logps = logps / answers.sum(-1)
-    loss = -scores[:count][learnt].mean()
-    found = logps[:count], logps[count:], means[:count][answers[:count]], means[count:][answers[count:]], loss
-    return (*found, output.aux_loss) if trainer.aux_loss_enabled else found
+    loss = logps.new_zeros(()) if is_cpo and not trainer.cpo_alpha else -scores[:count][learnt].mean()
+    sums, counts = (means * answers).sum(-1), answers.sum(-1)
+    logits = (sums[side].sum() / counts[side].sum().clamp(min=1) for side in (slice(count), slice(count, None)))
+    return logps[:count], logps[count:], *logits, loss

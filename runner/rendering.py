@@ -94,10 +94,10 @@ def _write(
     pairs: Sequence[tuple[int, Any, Any]], tokenizer: "PreTrainedTokenizerBase", options: dict[str, Any]
 ) -> list[tuple[str, str]]:
     prompts = {number: prompt for number, prompt, _ in pairs if prompt}
-    opened = _apply_template(list(prompts.values()), tokenizer, {"add_generation_prompt": True, **options})
+    opened = _apply_template(list(prompts.values()), tokenizer, options, add_generation_prompt=True)
     before = dict(zip(prompts, opened, strict=True))
     chats = [(prompt or []) + answer for _, prompt, answer in pairs if answer is not None]
-    whole = iter(_apply_template(chats, tokenizer, {"add_generation_prompt": False, **options}))
+    whole = iter(_apply_template(chats, tokenizer, options))
     return [
         (before.get(number, ""), before.get(number, "") if answer is None else next(whole))
         for number, _, answer in pairs
@@ -105,9 +105,9 @@ def _write(
 
 
 def _apply_template(
-    chats: list[list[dict[str, Any]]], tokenizer: "PreTrainedTokenizerBase", options: dict[str, Any]
+    chats: list[list[dict[str, Any]]], tokenizer: "PreTrainedTokenizerBase", options: dict[str, Any], **more: bool
 ) -> list[str]:
-    """Return what the chat template writes for each chat.
+    """Return what the chat template writes for each chat; an option that is also among ``more`` is a TypeError.
 
     Where messages hold a role and a text and nothing else, the compiled template is called at once: what transformers
     does before takes as long again, and changes only other messages. The first chats are written both ways, and if
@@ -115,14 +115,14 @@ def _apply_template(
     """
 
     def write(chats: list[list[dict[str, Any]]]) -> list[str]:
-        return tokenizer.apply_chat_template(chats, tokenize=False, **options) if chats else []  # type: ignore
+        return tokenizer.apply_chat_template(chats, tokenize=False, **options, **more) if chats else []  # type: ignore
 
-    template = _compile(tokenizer) if options.keys() <= {"tools", "add_generation_prompt"} else None
-    if template is None or options["tools"] or not all(map(_is_plain, itertools.chain(*chats))):
+    template = _compile(tokenizer) if options == {"tools": None} else None
+    if template is None or not all(map(_is_plain, itertools.chain(*chats))):
         return write(chats)
-    told = {**tokenizer.special_tokens_map, "documents": None, **options}
+    told = {**tokenizer.special_tokens_map, "documents": None, "add_generation_prompt": False, **options, **more}
     written = [
-        template(messages=[{"role": message["role"], "content": message["content"]} for message in chat], **told)
+        template(messages=[{k: v for k, v in message.items() if v is not None} for message in chat], **told)
         for chat in chats
     ]
     return written if written[:COMPARED] == write(chats[:COMPARED]) else write(chats)

@@ -39,6 +39,8 @@ def main(hydra: Any, arguments: list[str]) -> None:
     arguments += [text for text in hydra.overrides.hydra if text.lstrip("+").startswith(of_launcher)]
     GlobalHydra.instance().clear()  # trials are composed as runs are, which begins afresh
     try:
+        if not search.prepared:
+            raise ConfigError("hydra.mode alone starts no sweep: type python -m runner -m ...")
         code = run(search.prepared.pop(), directory, arguments)
     except ConfigError as error:
         sys.stderr.write(f"runner: {error}\n")
@@ -136,7 +138,8 @@ class Sweep:
             return
         overrides = [*self.plan.fixed, *point]
         try:
-            composed = self.plan.composed.get(tuple(point)) or compose.compose(overrides, **self.plan.where)
+            known = self.plan.composed.get(tuple(point))
+            composed = known or compose.compose([*overrides, *self.plan.own], **self.plan.where)
         except ConfigError as error:
             self.settle(number, ("failed", str(error)), 0.0)
             return

@@ -187,8 +187,8 @@ def build_trainer(
     cls = prepared.prepared(trainer_class(config["trainer"]["_target_"]))
     parts = _parts(cls, config, adapter, arguments, tokenizer, scoring)
     name = trainer_name(config["trainer"]["_target_"])
-    lm_head.compact_lm_head()
-    sharing = prefix_sharing.share_prefixes([model, parts.get("ref_model")], arguments, adapter, trainer=name)
+    loaded = [model, parts.get("ref_model")] if lm_head.compact_lm_head() else []
+    sharing = prefix_sharing.share_prefixes(loaded, arguments, adapter, trainer=name)
     try:
         trainer = cls(
             model=model,

@@ -153,7 +153,13 @@ def train(name, folder):
     return [log[key] for log in trainer.state.log_history if "loss" in log for key in ("loss", "grad_norm")]
 
 
-PAIRS = {"ORPO": {}, "CPO": {}, "CPO simpo": {"loss_type": "simpo", "cpo_alpha": 0.5}}
+PAIRS = {
+    "ORPO": {"beta": 0.3},
+    "CPO": {"label_smoothing": 0.1},
+    "CPO ipo": {"loss_type": "ipo"},
+    "CPO simpo": {"loss_type": "simpo", "cpo_alpha": 0.5},
+    "CPO simpo alone": {"loss_type": "simpo", "cpo_alpha": 0.0},
+}
 
 
 def pair_trainer(name, folder, *, compact, adapter=None):
@@ -202,11 +208,25 @@ def test_losses_of_whole_pairs_stay_the_same_without_their_logits(tmp_path, name
     assert len(before) == 4
 
 
-def test_where_liger_replaces_the_forward_pass_the_pairs_are_left_as_they_were(tmp_path):
+@pytest.mark.parametrize("reason", ["liger", "experts", "type"])
+def test_where_the_head_is_not_known_to_be_the_same_the_pairs_are_left_as_they_were(tmp_path, reason):
     trainer, _ = pair_trainer("CPO", tmp_path, compact=False)
-    trainer.args.use_liger_kernel = True
+    trainer.args.use_liger_kernel = reason == "liger"
+    trainer.aux_loss_enabled = reason == "experts"
+    trainer.model.config.model_type = "xlstm" if reason == "type" else "llama"
     assert not compact_pairs(trainer)
     assert "concatenated_forward" not in vars(trainer)
+
+
+def test_pairs_whose_answers_are_cut_off_are_as_upstream_has_them(tmp_path):
+    found = []
+    for compact in (False, True):
+        trainer, _ = pair_trainer("CPO simpo alone", tmp_path / str(compact), compact=compact)
+        batch = next(iter(trainer.get_train_dataloader()))
+        batch["chosen_labels"][:] = -100
+        _, rejected, logits, _, loss = trainer.concatenated_forward(trainer.model, batch)
+        found.append([*rejected.tolist(), loss.item(), logits.mean().isfinite().item()])
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -224,7 +244,7 @@ def no_logits(forward):
     """Return a linear layer's pass that makes no logits of the vocabulary."""
 
     def checked(self, hidden):
-        assert self.out_features < 290, "the LM head reads all positions"
+        assert self.out_features < len(tiny_tokenizer()), "the LM head reads all positions"
         return forward(self, hidden)
 
     return checked

@@ -117,13 +117,16 @@ def test_a_tokenizer_that_marks_the_start_of_a_text_encodes_it_whole():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    # The first word of a text is "▁a", and what follows a special token is "a".
+    # The first word of a text is "▁a", and what follows a special token is "a" unless a space is between them.
     backend = Tokenizer(models.WordLevel({"?": 0, "▁a": 1, "a": 2, "<|eos|>": 3, "▁": 4}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|eos|>")
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] + '<|eos|>' }}{% endfor %}"
-    (row,) = encoding.spell_rows([preference("a", "a", "a")], tokenizer, reads="preference")
-    assert row[0].ids == [1, 3, 2, 3]
+    tokenizer.chat_template = "{% for message in messages %}{{ ' ' + message['content'] + '<|eos|>' }}{% endfor %}"
+    rows = [preference("a", "a", "a")] * (4 * encoding.COMPARED)
+    rows[2 * encoding.COMPARED] = preference("a<|eos|>a", "a", "a")
+    spelt = encoding.spell_rows(rows, tokenizer, reads="preference")
+    assert spelt[0][0].ids == [1, 3, 1, 3]
+    assert spelt[2 * encoding.COMPARED][0].ids == [1, 3, 2, 3, 1, 3]
 
 
 def test_rows_are_encoded_once(monkeypatch, caplog):

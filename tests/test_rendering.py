@@ -1,6 +1,8 @@
+import pytest
 from tiny import TEMPLATE, tiny_tokenizer
 
 from runner import rendering
+from runner.errors import ConfigError
 
 COMPARED = rendering.COMPARED
 
@@ -58,6 +60,19 @@ def test_chats_of_more_than_roles_and_texts_are_written_by_transformers():
     rows = [{"tools": [{"name": "add"}], "chat_template_kwargs": {"loud": True}}] * len(pairs)
     told = {"tools": rows[0]["tools"], "loud": True}
     assert written(pairs, tokenizer, rows) == by_transformers(pairs, tokenizer, **told)
+
+
+def test_a_row_cannot_say_whether_an_answer_is_asked_for():
+    rows = [{"chat_template_kwargs": {"add_generation_prompt": True}}]
+    with pytest.raises(ConfigError, match=r"row 1: .*add_generation_prompt"):
+        written(chats(1), tiny_tokenizer(), rows)
+
+
+def test_a_message_keeps_the_order_of_its_keys():
+    tokenizer, pairs = tiny_tokenizer(), chats(COMPARED + 5)
+    tokenizer.chat_template = "{% for message in messages %}{{ message | tojson }}{% endfor %}"
+    pairs[-1] = tuple([dict(reversed(message.items())) for message in part] for part in pairs[-1])
+    assert written(pairs, tokenizer) == by_transformers(pairs, tokenizer)
 
 
 def test_a_tokenizer_with_its_own_way_to_write_chats_keeps_it():

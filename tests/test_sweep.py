@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -73,7 +74,7 @@ def test_a_grid_has_hydras_combinations_in_hydras_order(overrides):
     parsed = OverridesParser.create(config_loader=Options()).parse_overrides(overrides)
     hydras = [set(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
     axes, fixed = search._split(list(zip(overrides, compose.parse(overrides), strict=True)))
-    plan = search.Plan(search.schema.Search(), axes, fixed, None, {}, [], "", [], {})
+    plan = search.Plan(search.schema.Search(), axes, fixed, [], None, {}, [], "", [], {})
     ours = [{*fixed, *(axis.text(value) for axis, value in zip(axes, cell, strict=True))} for cell in plan.grid]
     assert ours == hydras
 
@@ -81,6 +82,15 @@ def test_a_grid_has_hydras_combinations_in_hydras_order(overrides):
 def test_every_value_is_composed_once_before_the_first_trial():
     axes, _ = search._split([(t, compose.parse([t])[0]) for t in ["trainer=sft,dpo", "seed=int(interval(1,9))"]])
     assert search.corners(axes) == [["trainer=sft", "seed=1"], ["trainer=dpo", "seed=1"], ["trainer=sft", "seed=9"]]
+
+
+def test_a_sweep_that_was_not_checked_is_refused(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(search, "prepared", [])
+    hydra = SimpleNamespace(sweep=SimpleNamespace(dir=str(tmp_path)), overrides=SimpleNamespace(hydra=[]))
+    with pytest.raises(SystemExit) as ended:
+        sweep.main(hydra, ["seed=1"])
+    assert ended.value.code == 2
+    assert "type python -m runner -m" in capsys.readouterr().err
 
 
 def test_a_trial_is_the_run_that_its_check_composed():
