@@ -34,7 +34,7 @@ def compact_lm_head() -> bool:
     if getattr(switch, "compacts", False):
         return True
     if not knows_trl() or switch is None or inspect.getsource(utils).count("_use_triton(") != 1:
-        logger.info("TRL %s scores every position on devices without Triton: its own way is kept", version("trl"))
+        logger.info("TRL %s was not compared: it scores every position without Triton, and pairs are read as they come", version("trl"))
         return False
 
     def compacts(device: Any) -> bool:
@@ -84,6 +84,5 @@ def _score_pairs(trainer: Any, model: Any, batch: dict[str, Any]) -> tuple[Any, 
     if not is_cpo or trainer.loss_type in ("ipo", "simpo"):
         logps = logps / answers.sum(-1)
     loss = logps.new_zeros(()) if is_cpo and not trainer.cpo_alpha else -scores[:count][learnt].mean()
-    sums, counts = (means * answers).sum(-1), answers.sum(-1)
-    logits = (sums[side].sum() / counts[side].sum().clamp(min=1) for side in (slice(count), slice(count, None)))
-    return logps[:count], logps[count:], *logits, loss
+    logits = [(m * a).sum() / a.sum().clamp(min=1) for m, a in zip(means.chunk(2), answers.chunk(2), strict=True)]
+    return *logps.chunk(2), *logits, loss

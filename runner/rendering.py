@@ -1,8 +1,8 @@
 """Rows to text: a prompt and its answer joined, or what the chat template makes of them."""
 
-import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import ConfigError
@@ -10,8 +10,6 @@ from runner.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-COMPARED = 16  # chats that are written both ways
 
 Content = str | list[dict[str, Any]]  # text or messages
 
@@ -76,12 +74,12 @@ def render(
         return {"tools": json.loads(named) if isinstance(named, str) else named, **more}
 
     written: list[tuple[str, str]] = []
-    for options, group in itertools.groupby(pairs, told):
+    for options, group in groupby(pairs, told):
         alike = list(group)
         try:
             written += _write(alike, tokenizer, options)
         except (TemplateError, TypeError) as error:
-            for _, alone in itertools.groupby(alike, lambda pair: pair[0]) if alike[0][0] != alike[-1][0] else ():
+            for _, alone in groupby(alike, lambda pair: pair[0]) if alike[0][0] != alike[-1][0] else ():
                 render(rows, list(alone), tokenizer, first_row, tools=tools)  # to find the row
             raise ConfigError(
                 f"The chat template refuses row {first_row + alike[0][0]}: {error}. Leave such rows out, or choose "
@@ -93,57 +91,16 @@ def render(
 def _write(
     pairs: Sequence[tuple[int, Any, Any]], tokenizer: "PreTrainedTokenizerBase", options: dict[str, Any]
 ) -> list[tuple[str, str]]:
+    def write(chats: list[Any], **more: bool) -> list[str]:
+        return tokenizer.apply_chat_template(chats, tokenize=False, **options, **more) if chats else []  # type: ignore
+
     prompts = {number: prompt for number, prompt, _ in pairs if prompt}
-    opened = _apply_template(list(prompts.values()), tokenizer, options, add_generation_prompt=True)
-    before = dict(zip(prompts, opened, strict=True))
-    chats = [(prompt or []) + answer for _, prompt, answer in pairs if answer is not None]
-    whole = iter(_apply_template(chats, tokenizer, options))
+    before = dict(zip(prompts, write(list(prompts.values()), add_generation_prompt=True), strict=True))
+    whole = iter(write([(prompt or []) + answer for _, prompt, answer in pairs if answer is not None]))
     return [
         (before.get(number, ""), before.get(number, "") if answer is None else next(whole))
         for number, _, answer in pairs
     ]
-
-
-def _apply_template(
-    chats: list[list[dict[str, Any]]], tokenizer: "PreTrainedTokenizerBase", options: dict[str, Any], **more: bool
-) -> list[str]:
-    """Return what the chat template writes for each chat; an option that is also among ``more`` is a TypeError.
-
-    Where messages hold a role and a text and nothing else, the compiled template is called at once: what transformers
-    does before takes as long again, and changes only other messages. The first chats are written both ways, and if
-    one of them differs all are written by transformers.
-    """
-
-    def write(chats: list[list[dict[str, Any]]]) -> list[str]:
-        return tokenizer.apply_chat_template(chats, tokenize=False, **options, **more) if chats else []  # type: ignore
-
-    template = _compile(tokenizer) if options == {"tools": None} else None
-    if template is None or not all(map(_is_plain, itertools.chain(*chats))):
-        return write(chats)
-    told = {**tokenizer.special_tokens_map, "documents": None, "add_generation_prompt": False, **options, **more}
-    written = [
-        template(messages=[{k: v for k, v in message.items() if v is not None} for message in chat], **told)
-        for chat in chats
-    ]
-    return written if written[:COMPARED] == write(chats[:COMPARED]) else write(chats)
-
-
-def _compile(tokenizer: "PreTrainedTokenizerBase") -> Callable[..., str] | None:
-    """Return the tokenizer's template as transformers compiles it; None where it has another way to write."""
-    from transformers import PreTrainedTokenizerBase
-    from transformers.utils import chat_template_utils
-
-    made_by = getattr(chat_template_utils, "_compile_jinja_template", None)
-    is_usual = type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
-    if made_by is None or not is_usual or not isinstance(tokenizer.chat_template, str):
-        return None
-    return made_by(tokenizer.chat_template).render
-
-
-def _is_plain(message: dict[str, Any]) -> bool:
-    role, content = message.get("role"), message.get("content")
-    others = len(message) > 2 and any(message[key] is not None for key in message.keys() - {"role", "content"})
-    return type(role) is str and type(content) is str and not others
 
 
 def stop_tokens(tokenizer: "PreTrainedTokenizerBase", *, of_chat: bool) -> set[int]:

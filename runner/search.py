@@ -82,7 +82,6 @@ class Plan:
         axes: What is swept, in the order of the command.
         fixed: The overrides of every trial.
         own: What was typed of the search.
-        base: The first combination, composed.
         composed: The combinations that were composed to check them, by the overrides that are their own.
         trainers: Modules of the trainers that are used.
         left_out: Modules that no trial can ask for; see ``lean.left_out``.
@@ -94,12 +93,16 @@ class Plan:
     axes: list[Axis]
     fixed: list[str]
     own: list[str]
-    base: Composed
     composed: dict[tuple[str, ...], Composed]
     trainers: list[str]
     left_out: str
     launcher: list[str]
     where: dict[str, Any]
+
+    @property
+    def base(self) -> Composed:
+        """The first combination, composed."""
+        return next(iter(self.composed.values()))
 
     @property
     def objectives(self) -> list[str]:
@@ -181,7 +184,7 @@ def read(overrides: list[str], **where: Any) -> Plan:
     search = schema.Search(**{key: value for key, value in cells[0].config["search"].items() if key in known})
     modules = sorted({_trainer_file(cell.config["trainer"]["_target_"])[0] for cell in cells})
     left_out = lean.left_out(*(cell.config for cell in cells))
-    plan = Plan(search, axes, fixed, own, cells[0], composed, modules, left_out, launcher, where)
+    plan = Plan(search, axes, fixed, own, composed, modules, left_out, launcher, where)
     _refuse(plan, cells)
     return plan
 

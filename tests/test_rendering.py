@@ -4,8 +4,6 @@ from tiny import TEMPLATE, tiny_tokenizer
 from runner import rendering
 from runner.errors import ConfigError
 
-COMPARED = rendering.COMPARED
-
 
 def chats(count, **more):
     """Return pairs of a prompt and an answer, each like no other."""
@@ -15,15 +13,9 @@ def chats(count, **more):
     ]
 
 
-def written(pairs, tokenizer, rows=None, asks=None):
-    """Return what we write, and count what transformers is asked to write."""
-    apply = tokenizer.apply_chat_template
-    if asks is not None:
-        tokenizer.apply_chat_template = lambda told, **more: asks.append(len(told)) or apply(told, **more)
+def written(pairs, tokenizer, rows=None):
     numbered = [(number, *pair) for number, pair in enumerate(pairs)]
-    made = rendering.render(rows or [{}] * len(pairs), numbered, tokenizer, 1, tools=True)
-    tokenizer.apply_chat_template = apply
-    return made
+    return rendering.render(rows or [{}] * len(pairs), numbered, tokenizer, 1, tools=True)
 
 
 def by_transformers(pairs, tokenizer, **told):
@@ -36,22 +28,19 @@ def by_transformers(pairs, tokenizer, **told):
     ]
 
 
-def test_transformers_writes_only_the_first_of_plain_chats_and_all_are_as_it_writes_them():
-    pairs, tokenizer, asks = chats(COMPARED + 5), tiny_tokenizer(), []
-    assert written(pairs, tokenizer, asks=asks) == by_transformers(pairs, tokenizer)
-    assert asks == [COMPARED, COMPARED]
+def test_chats_are_as_transformers_writes_them_one_by_one():
+    pairs, tokenizer = chats(20), tiny_tokenizer()
+    assert written(pairs, tokenizer) == by_transformers(pairs, tokenizer)
 
 
 def test_a_key_without_a_value_is_as_if_it_were_not_there():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE + "{% if messages[0].name is defined %}{{ '<|tool|>' }}{% endif %}"
-    pairs, asks = chats(COMPARED + 5, name=None), []
-    assert written(pairs, tokenizer, asks=asks) == by_transformers(chats(COMPARED + 5), tokenizer)
-    assert asks == [COMPARED, COMPARED]
+    assert written(chats(20, name=None), tokenizer) == by_transformers(chats(20), tokenizer)
 
 
-def test_chats_of_more_than_roles_and_texts_are_written_by_transformers():
-    tokenizer, pairs = tiny_tokenizer(), chats(COMPARED + 5)
+def test_what_else_a_message_and_a_row_hold_is_told_to_the_template():
+    tokenizer, pairs = tiny_tokenizer(), chats(20)
     tokenizer.chat_template = TEMPLATE + "{{ messages[0].reasoning_content }}{{ tools }}{{ loud }}"
     pairs[-1][0][0]["thinking"] = "zzz"  # which transformers also calls reasoning_content
     made = written(pairs, tokenizer)
@@ -69,7 +58,7 @@ def test_a_row_cannot_say_whether_an_answer_is_asked_for():
 
 
 def test_a_message_keeps_the_order_of_its_keys():
-    tokenizer, pairs = tiny_tokenizer(), chats(COMPARED + 5)
+    tokenizer, pairs = tiny_tokenizer(), chats(20)
     tokenizer.chat_template = "{% for message in messages %}{{ message | tojson }}{% endfor %}"
     pairs[-1] = tuple([dict(reversed(message.items())) for message in part] for part in pairs[-1])
     assert written(pairs, tokenizer) == by_transformers(pairs, tokenizer)
@@ -82,11 +71,4 @@ def test_a_tokenizer_with_its_own_way_to_write_chats_keeps_it():
 
     tokenizer = tiny_tokenizer()
     tokenizer.__class__ = Own
-    assert written(chats(COMPARED + 5), tokenizer) == [("mine", "mine")] * (COMPARED + 5)
-
-
-def test_where_the_first_chats_show_another_way_all_are_written_by_transformers():
-    tokenizer, pairs = tiny_tokenizer(), chats(COMPARED + 5)
-    apply = tokenizer.apply_chat_template
-    tokenizer.apply_chat_template = lambda told, **more: [text.upper() for text in apply(told, **more)]
-    assert written(pairs, tokenizer) == [(a.upper(), b.upper()) for a, b in by_transformers(pairs, tiny_tokenizer())]
+    assert written(chats(20), tokenizer) == [("mine", "mine")] * (20)

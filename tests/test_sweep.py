@@ -74,7 +74,7 @@ def test_a_grid_has_hydras_combinations_in_hydras_order(overrides):
     parsed = OverridesParser.create(config_loader=Options()).parse_overrides(overrides)
     hydras = [set(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
     axes, fixed = search._split(list(zip(overrides, compose.parse(overrides), strict=True)))
-    plan = search.Plan(search.schema.Search(), axes, fixed, [], None, {}, [], "", [], {})
+    plan = search.Plan(search.schema.Search(), axes, fixed, [], {}, [], "", [], {})
     ours = [{*fixed, *(axis.text(value) for axis, value in zip(axes, cell, strict=True))} for cell in plan.grid]
     assert ours == hydras
 
