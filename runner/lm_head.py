@@ -34,7 +34,7 @@ def compact_lm_head() -> bool:
     if getattr(switch, "compacts", False):
         return True
     if not knows_trl() or switch is None or inspect.getsource(utils).count("_use_triton(") != 1:
-        logger.info("TRL %s was not compared: it scores every position without Triton, and pairs are read as they come", version("trl"))
+        logger.info("TRL %s was not compared: its own way to score, and to read pairs, is kept", version("trl"))
         return False
 
     def compacts(device: Any) -> bool:
