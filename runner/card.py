@@ -24,8 +24,7 @@ def _card(run: report.Run) -> str:
     named = str((run.config.get("model") or {}).get("name_or_path") or "?")
     base = EMBEDDED.get(named) or (named if _is_hub_id(named) else None)
     versions = run.manifest.get("versions") or {}
-    card = report.render(
-        "card.md.jinja",
+    card = report.template("card.md.jinja").render(
         **names,
         front=yaml.safe_dump(_front(run, base, adapter), sort_keys=False),
         title=_basename(named.rsplit(":", 1)[-1]),

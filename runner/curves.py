@@ -9,27 +9,23 @@ Line = Mapping[str, Any]
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b7791f", "#718096")
 MOST = 12  # panels
 SMOOTH_FROM = 40  # points; below it every point is drawn as it is
-PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (  # TRL's metric names; a held-out twin is found by its prefix eval_
+PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (  # names of TRL's trainers; a held-out twin begins with eval_
     ("Loss", ("loss",)),
     ("Reward", ("reward",)),
     ("Score", ("objective/scores",)),
-    ("Reward margin", ("rewards/margins",)),
-    ("Reward margin", ("margin",)),
-    ("Chosen above rejected (share)", ("rewards/accuracies",)),
-    ("Chosen above rejected (share)", ("accuracy",)),
+    ("Reward margin", ("rewards/margins", "margin")),
+    ("Chosen above rejected (share)", ("rewards/accuracies", "accuracy")),
     ("Implicit rewards", ("rewards/chosen", "rewards/rejected")),
     ("Rewards", ("max_reward", "mean_reward", "min_reward")),
     ("KL to the reference", ("kl",)),
     ("KL to the reference (per completion)", ("objective/kl",)),
-    ("Entropy of the policy", ("entropy",)),
-    ("Entropy of the policy", ("policy/entropy_avg",)),
+    ("Entropy of the policy", ("entropy", "policy/entropy_avg")),
     ("Value loss", ("loss/value_avg",)),
     ("Variance of the returns explained by the values (share)", ("val/explained_variance",)),
     ("Completion length (tokens)", ("completions/mean_length",)),
     ("Completions cut at the limit (share)", ("completions/clipped_ratio",)),
     ("Completions that end (share)", ("completions/ended_ratio",)),
-    ("Clipped tokens (share)", ("policy/clipfrac_avg",)),
-    ("Clipped tokens (share)", ("clip_ratio/low_mean", "clip_ratio/high_mean")),
+    ("Clipped tokens (share)", ("policy/clipfrac_avg", "clip_ratio/low_mean", "clip_ratio/high_mean")),
     ("Groups that teach nothing (share)", ("frac_reward_zero_std",)),
     ("Log-probability of the answer", ("logps/chosen", "logps/rejected")),
     ("Tokens predicted right (share)", ("mean_token_accuracy",)),
@@ -89,13 +85,12 @@ def plot(lines: Sequence[Line], path: str | Path, *, title: str, scores: Sequenc
         for place, (name, metrics) in enumerate(chosen):
             axes = figure.add_subplot(rows, columns, place + 1, sharex=figure.axes[0] if figure.axes else None)
             axes.set_title(name, loc="left", y=1.0, color="#2d3748")
-            axes.locator_params("x", nbins=4, integer=True)  # ticks are most of what drawing costs
+            axes.locator_params("x", nbins=4, integer=True)
             axes.locator_params("y", nbins=4)
-            axes.tick_params(labelbottom=place + columns >= len(chosen))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.set_xlim(-0.02 * max(last, 1), 1.02 * max(last, 1))
-            if place + columns >= len(chosen):
-                axes.set_xlabel("step", color="#4a5568")
+            axes.set_xlabel("step", color="#4a5568")
+            axes.xaxis.set_visible(place + columns >= len(chosen))  # ticks are most of what drawing costs
             _draw(axes, lines, metrics)
             labels = axes.get_legend_handles_labels()[1]
             if labels not in explained and (len(labels) > 1 or metrics[0].startswith("eval_")):
@@ -128,7 +123,7 @@ def _draw(axes: Any, lines: Sequence[Line], metrics: tuple[str, ...]) -> None:
         if steps:
             shade, name = (colour, f"{label}, held out") if several else (COLOURS[1], "held out")
             axes.plot(steps, values, "o--", color=shade, markersize=4, linewidth=1.2, label=name)
-    axes.grid(visible=True, color="#e2e8f0", linewidth=0.7)
+    axes.grid(axis="y", color="#e2e8f0", linewidth=0.7)
     axes.set_axisbelow(True)
     low, high = axes.get_ylim()
     if high - low < 1e-9:  # a constant: leave air around it

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,7 @@ def write_page(run_dir: str | Path) -> None:
     image = run.path / "curves.png"
     first, last = (run.evaluations[0], run.evaluations[-1]) if run.evaluations else ([], [])
     before = {line["index"]: line for line in first}
-    html = render(
-        "report.html.jinja",
+    html = template("report.html.jinja").render(
         run=run,
         names=run.names,
         status=run.status,
@@ -117,14 +117,15 @@ def write_page(run_dir: str | Path) -> None:
     (run.path / "report.html").write_text(html, encoding="utf-8")
 
 
-def render(template: str, **values: Any) -> str:
-    """Return a template of this package with values in it, which are escaped in HTML."""
+@cache
+def template(name: str) -> Any:
+    """Return a template of this package; what is rendered in it is escaped in HTML."""
     from jinja2 import Environment, PackageLoader
 
-    options: Any = {"autoescape": "html" in template, "trim_blocks": True, "lstrip_blocks": True}
+    options: Any = {"autoescape": "html" in name, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=PackageLoader("runner", ""), **options)
     environment.filters |= {"number": number, "text": _prompt_text}
-    return environment.get_template(template).render(values)
+    return environment.get_template(name)
 
 
 def summary(run_dir: str | Path) -> str:

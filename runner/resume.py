@@ -23,13 +23,8 @@ HARMLESS = {
     *(f"trainer.{key}" for key in ("log_level", "dataloader_num_workers")),
 }
 # These neither, as long as no checkpoint is chosen by what is kept or answered.
-UNCHOSEN = {
-    "trainer.save_steps",
-    "trainer.save_strategy",
-    "samples.rows",
-    "samples.max_new_tokens",
-    "samples.batch_size",
-}
+UNCHOSEN = {"trainer.save_steps", "trainer.save_strategy", "samples.rows", "samples.max_new_tokens",
+            "samples.batch_size"}  # fmt: skip
 LENGTHS = {"trainer.max_steps", "trainer.num_train_epochs", "trainer.total_episodes"}
 
 logger = logging.getLogger(__name__)

@@ -28,16 +28,8 @@ ACTED_ON = ("hydra.job_logging", "hydra.hydra_logging", "hydra.job.env_set", "hy
             "hydra.callbacks")  # fmt: skip
 LAUNCHER_CODE = {"setup", "additional_parameters", "runtime_env", "address", "_temp_dir", "_system_config"}
 RESOLVERS = {"hydra", "now", "oc.env", "oc.select", "python_version"}
-READABLE_ENV = {
-    "USER",
-    "HOME",
-    "HOSTNAME",
-    "SCRATCH",
-    "TMPDIR",
-    "HF_HOME",
-    "XDG_CACHE_HOME",
-    "CUDA_VISIBLE_DEVICES",
-}
+READABLE_ENV = {"USER", "HOME", "HOSTNAME", "SCRATCH", "TMPDIR", "HF_HOME", "XDG_CACHE_HOME",
+                "CUDA_VISIBLE_DEVICES"}  # fmt: skip
 SETTABLE_ENV = {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM",
                 "HF_HUB_OFFLINE", "WANDB_PROJECT", "WANDB_MODE"}  # fmt: skip
 # Keys that let the author of a model or a recipe run code, wherever they stand, and why.

@@ -24,17 +24,8 @@ NEEDS = {"cmaes": ("cmaes", "scipy"), "gp": ("scipy",), "qmc": ("scipy",)}
 LOGGED = {"loss", "grad_norm", "learning_rate", "train_loss", "runtime", "samples_per_second", "steps_per_second"}
 LOGGED |= {"epoch", "num_tokens", "mean_token_accuracy", "entropy", "accuracy", "margin", "reward", "reward_std", "kl"}
 # What may be another when a sweep goes on.
-BEYOND = {
-    "resume",
-    "n_trials",
-    "timeout",
-    "n_jobs",
-    "gpus_per_trial",
-    "trial_timeout",
-    "retries",
-    "stop_after_failures",
-    "fail",
-}
+BEYOND = {"resume", "n_trials", "timeout", "n_jobs", "gpus_per_trial", "trial_timeout", "retries",
+          "stop_after_failures", "fail"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,6 +94,14 @@ class Plan:
     def base(self) -> Composed:
         """The first combination, composed."""
         return next(iter(self.composed.values()))
+
+    @property
+    def shared(self) -> dict[str, Any] | None:
+        """What the first config says of its tokenizer and weights, where every combination begins with the same."""
+        configs = [one.config for one in self.composed.values()]
+        read = [(one["model"], one["quantization"], bool(one["peft"])) for one in configs]
+        keys = ("model", "quantization", "peft", "trainer", "launch")
+        return {key: configs[0][key] for key in keys} if all(one == read[0] for one in read) else None
 
     @property
     def objectives(self) -> list[str]:
