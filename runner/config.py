@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from runner import engines, formats, schema, views
+from runner import engines, formats, schema, trainer_source, views
 from runner.errors import ConfigError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -112,7 +112,7 @@ def _conflicts(config: dict[str, Any], choices: dict[str, str]) -> list[str]:
             f"quantization={choices.get('quantization', '?')} cannot train without an adapter: quantized weights "
             f"stay frozen, found peft=none. Choose {_options('peft')}, or quantization=none."
         )
-    found += engines.find_conflicts(config)
+    found += engines.find_conflicts(config) + trainer_source.find_unknown(config["trainer"])
     node, size = config.get("launch") or {}, config.get("global_batch_size")
     each, nodes = node.get("processes", 1), node.get("nodes", 1)
     processes = each * nodes if isinstance(each, int) and isinstance(nodes, int) else None

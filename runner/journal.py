@@ -86,8 +86,7 @@ def begin(study: Any, plan: Any) -> int:
     system: dict[str, Any] = {}
     if plan.search.sampler == "grid":
         distributions = {axis.name: optuna.distributions.CategoricalDistribution(axis.values) for axis in plan.axes}
-        names, point = [axis.name for axis in plan.axes], plan.grid[number]
-        params = dict(zip(names, point, strict=True))
+        params = {axis.name: value for axis, value in zip(plan.axes, plan.grid[number], strict=True)}
     else:
         params, state, system = _propose(study, plan, number, distributions)
     study.add_trial(

@@ -126,7 +126,7 @@ def launch(run_dir: Path, node: dict[str, Any]) -> dict[str, float]:
             path.unlink()
         if where.nodes > 1:
             meet(node, run_dir)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(_threads(processes(node)))}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads(processes(node)))}
     environment |= {lean.VARIABLE: lean.left_out(config), INSIDE: str(os.getpid())}
     code, signalled = _watch(_command(run_dir, node, where), environment, ranks, node, where)
     record = manifest.read(run_dir)
@@ -163,7 +163,7 @@ def _follow(run_dir: Path, code: int) -> dict[str, float]:
     raise (ConfigError if record.get("correctable") else RunStopped)(cause)
 
 
-def _threads(count: int) -> int:
+def threads(count: int) -> int:
     """Return the threads of each of some processes: what is given, or their part of what this one may use."""
     if multiprocessing.parent_process() is not None:  # a trial: its sweep has shared out the cores
         import torch

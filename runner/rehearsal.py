@@ -18,10 +18,9 @@ def rehearse(config: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM
 
     node, trainer = config["model"], config["trainer"]
-    elsewhere = bool(config["quantization"]) or not lean.is_plain(node["name_or_path"], node.get("revision"))
-    if elsewhere or node.get("trust_remote_code") or trainer_name(trainer["_target_"]) == "reward":
-        return
-    if launch.is_needed(config["launch"]):
+    quantized = bool(config["quantization"]) or not lean.is_plain(node["name_or_path"], node.get("revision"))
+    drawn = trainer_name(trainer["_target_"]) == "reward"
+    if quantized or drawn or node.get("trust_remote_code") or launch.is_needed(config["launch"]):
         return
     console.quieten()
     tokenizer = ahead.keep(models.load_tokenizer, **given(models.load_tokenizer, node))

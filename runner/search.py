@@ -1,16 +1,14 @@
 """What a sweep is to try: read from Hydra's grammar, and checked before the first trial."""
 
-import ast
 import difflib
 import itertools
 import re
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from runner import compose, lean, remote, schema
+from runner import compose, lean, remote, schema, trainer_source
 from runner.compose import Composed
 from runner.config import option_names
 from runner.errors import ConfigError
@@ -181,7 +179,7 @@ def read(overrides: list[str], **where: Any) -> Plan:
     cells = list(composed.values())
     known = {field.name for field in fields(schema.Search)}
     search = schema.Search(**{key: value for key, value in cells[0].config["search"].items() if key in known})
-    modules = sorted({_trainer_file(cell.config["trainer"]["_target_"])[0] for cell in cells})
+    modules = sorted({trainer_source.find(cell.config["trainer"]["_target_"])[0] for cell in cells})
     left_out = lean.left_out(*(cell.config for cell in cells))
     plan = Plan(search, axes, fixed, own, composed, modules, left_out, launcher, where)
     _refuse(plan, cells)
@@ -327,7 +325,7 @@ def _objective_fault(name: str, cell: Composed) -> str | None:
         return f"search.objective={name} needs held-out rows, and dataset.eval is null: type dataset.eval=..."
     reward = cell.config["reward"]
     scores = {str(reward.get("function")).rpartition(".")[2], *(reward.get("terms") or {})} - {"None"}
-    names, patterns = _names_in_source(cell.config["trainer"]["_target_"])
+    names, patterns = trainer_source.metrics(cell.config["trainer"]["_target_"])
     if base in names | scores | LOGGED or any(re.fullmatch(pattern, base) for pattern in patterns):
         return None
     prefix = name[: len(name) - len(base)]
@@ -336,27 +334,3 @@ def _objective_fault(name: str, cell: Composed) -> str | None:
     return (
         f"search.objective={name} is nothing that trainer={trainer} logs: {hint}metrics.jsonl of a run has all names."
     )
-
-
-def _trainer_file(target: str) -> tuple[str, Path]:
-    """Return module and file of the trainer that belongs to a config class, which stands beside it or with it."""
-    config, _ = schema.locate(target)
-    path = config.with_name(config.name.replace("_config", "_trainer"))
-    package = len(path.parts) - path.parts[::-1].index(target.partition(".")[0]) - 1
-    return ".".join([*path.parts[package:-1], path.stem]), path
-
-
-@lru_cache(maxsize=16)
-def _names_in_source(target: str) -> tuple[set[str], list[str]]:
-    """Return the words of a trainer's source that may be metrics, and patterns of those that it puts together."""
-    files = [_trainer_file(target)[1]]
-    files += [Path(__file__).with_name(f"{name}.py") for name in ("rollout", "rl_math") if target.startswith("runner.")]
-    names, patterns = set(), []
-    for node in itertools.chain.from_iterable(ast.walk(ast.parse(file.read_text("utf-8"))) for file in files):
-        if isinstance(node, ast.Constant) and re.fullmatch(r"[a-z]\w*(/\w+)*", str(node.value)):
-            names.add(str(node.value))
-        elif isinstance(node, ast.JoinedStr):
-            parts = [re.escape(str(v.value)) if isinstance(v, ast.Constant) else ".*" for v in node.values]
-            if re.fullmatch(r"[\w/.*\\]*/[\w/.*\\]*", "".join(parts)):
-                patterns.append("".join(parts))
-    return names, patterns

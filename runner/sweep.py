@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from hydra.core.global_hydra import GlobalHydra
 
-from runner import compose, journal, leaderboard, manifest, remote, search, trials
+from runner import compose, journal, launch, leaderboard, manifest, remote, search, trials
 from runner.errors import ConfigError
 from runner.leaderboard import Row, say
 from runner.search import Plan
@@ -150,7 +150,7 @@ class Sweep:
         slot = self.free.pop(0)
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(self.places[slot])} if self.places else {}
         shown = [text.removeprefix("++") for text in overrides]
-        count = trials.threads(self.plan.search.n_jobs)
+        count = launch.threads(self.plan.search.n_jobs)
         elsewhere = (tuple(self.plan.launcher), self.plan.where.get("config_dir"))
         job = Job(str(run_dir), composed.config, composed.choices, shown, environment, count, *elsewhere)
         trial = Trial(number, slot, job, seconds=self.plan.search.trial_timeout)
@@ -242,22 +242,11 @@ class Sweep:
 
     def rows(self) -> list[Row]:
         """Return all trials that were begun."""
-        found = []
+        rows, begun = [], {"status": "running", "cause": "", "values": {}, "steps": 0, "seconds": 0.0}
         for trial in self.study.get_trials(deepcopy=False):
-            about = trial.user_attrs
-            found.append(
-                Row(
-                    number=trial.number,
-                    status=about.get("status", "running"),
-                    cause=about.get("cause", ""),
-                    swept=dict(trial.params),
-                    values=about.get("values", {}),
-                    steps=about.get("steps", 0),
-                    seconds=about.get("seconds", 0.0),
-                    directory=self.directory / str(trial.number),
-                )
-            )
-        return found
+            about: Any = {key: trial.user_attrs.get(key, value) for key, value in begun.items()}
+            rows.append(Row(trial.number, swept=trial.params, directory=self.directory / str(trial.number), **about))
+        return rows
 
     def ranked(self) -> list[Row]:
         """Return all trials that were begun, the best first."""

@@ -180,12 +180,6 @@ def devices(per_trial: int | None, slots: int) -> list[list[str]] | None:
     return [found[slot * per_trial : (slot + 1) * per_trial] for slot in range(slots)]
 
 
-def threads(slots: int) -> int:
-    """Return how many threads each of the parallel trials computes with."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdigit() and int(given) else max(1, hardware.cores() // slots)
-
-
 def _context() -> Any:
     """Return the way to start processes; the server is started with the first of them."""
     server = "forkserver" in multiprocessing.get_all_start_methods()
@@ -208,8 +202,8 @@ def warm(modules: list[str], left_out: str | None, shared: dict[str, Any] | None
 
     # libraries read these as they are imported; asking for devices must not open one
     given = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-    given |= {lean.VARIABLE: left_out or "", REHEARSE: json.dumps(shared, default=str)}
-    given = {} if left_out is None else given
+    own = {lean.VARIABLE: left_out or "", REHEARSE: json.dumps(shared, default=str)}
+    given = {**given, **own} if left_out is not None else {}
     quiet = "ignore::UserWarning:multiprocessing.resource_tracker"  # of what a killed trial could not give back
     given["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
     before = {key: os.environ.get(key) for key in given}

@@ -1,11 +1,13 @@
+import importlib
 import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
-from runner import compose
+from runner import compose, trainer_source
 from runner.__main__ import help_page
 from runner.errors import ConfigError
 
@@ -82,6 +84,37 @@ def test_a_wrong_key_is_refused_with_the_nearest_right_one(overrides, answer):
 )
 def test_a_wrong_type_says_what_was_expected(override, answer):
     assert answer in refusal(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "answer"),
+    [
+        (
+            ["trainer=dpo", "trainer.loss_type=[ipo,sigmod]"],
+            "loss_type=sigmod is nothing that trl.DPOConfig knows: did ",
+        ),
+        (["trainer=grpo", "trainer.loss_type=sigmoid"], "It can be bnpo, cispo, dapo, dr_grpo, grpo"),
+        (["trainer=sft", "trainer.packing=true", "trainer.packing_strategy=bdf"], "did you mean bfd?"),
+        (["trainer=cpo", "trainer.loss_type=simpo2"], "did you mean simpo?"),
+    ],
+)
+def test_a_word_that_the_trainer_does_not_know_is_refused_with_those_it_knows(overrides, answer):
+    assert answer in refusal(*overrides)
+
+
+@pytest.mark.parametrize("trainer", ["sft", "dpo", "grpo", "rloo", "kto", "reward", "orpo", "cpo", "ppo"])
+def test_no_word_that_upstream_takes_by_itself_is_refused(trainer):
+    target = compose.compose([f"trainer={trainer}"]).config["trainer"]["_target_"]
+    module, _, name = target.rpartition(".")
+    words = {field.name: field.default for field in fields(getattr(importlib.import_module(module), name))}
+    words = {key: value for key, value in words.items() if isinstance(value, str)}
+    assert trainer_source.find_unknown({"_target_": target, **words}) == []
+
+
+def test_a_word_that_upstream_names_anywhere_may_be_known():
+    assert (
+        trainer_source.find_unknown({"_target_": "trl.DPOConfig", "loss_type": ["sigmoid", "alpha_divergence"]}) == []
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import signal
 import pytest
 from test_sweep import board, run, words
 
-from runner import manifest, trials
+from runner import launch, manifest, trials
 from runner.errors import ConfigError
 
 FAULTS = """
@@ -131,10 +131,10 @@ def test_trials_share_out_the_devices(monkeypatch):
 
 def test_trials_share_out_the_cores(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert trials.threads(2) == 3
+    assert launch.threads(2) == 3
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    assert trials.threads(3) == 2
+    assert launch.threads(3) == 2
 
 
 @pytest.mark.slow
