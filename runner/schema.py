@@ -120,7 +120,7 @@ class Root:
 
 
 # Numbers that none of the libraries refuses, or only once the weights are loaded.
-LEAST = {"seed": 0, "samples.rows": 0} | dict.fromkeys(
+LEAST = {"seed": 0, "samples.rows": 0, "max_seconds": 1} | dict.fromkeys(
     ["global_batch_size", "launch.processes", "launch.nodes", "samples.max_new_tokens", "samples.batch_size",
      "trainer.per_device_train_batch_size", "trainer.per_device_eval_batch_size", "trainer.max_length",
      "trainer.gradient_accumulation_steps", "trainer.max_completion_length"], 1)  # fmt: skip

@@ -72,6 +72,7 @@ def test_a_wrong_key_is_refused_with_the_nearest_right_one(overrides, answer):
         ("trainer.learning_rate=fast", "takes float, found 'fast'"),
         ("trainer.per_device_train_batch_size=0", "per_device_train_batch_size=0 must be at least 1"),
         ("seed=-1", "seed=-1 must be at least 0"),
+        ("max_seconds=0", "max_seconds=0 must be at least 1"),
         ("trainer.max_steps=1.5", "takes int, found 1.5"),
         ("trainer.eval_strategy=sometimes", "no | steps | epoch"),
         ("trainer.bf16=3", "takes bool"),
