@@ -63,7 +63,7 @@ def may_quantize(config: dict[str, Any]) -> bool:
     """Return whether a run may need bitsandbytes: for weights, for its optimizer or in code that is not ours."""
     quantized = bool(config.get("quantization")) or config["trainer"].get("optim") not in OPTIMIZERS
     return quantized or any(
-        bool(value) if key in RUN_CODE else not is_plain(str(value), node.get("revision"))
+        bool(value) if key in RUN_CODE else not _is_plain(str(value), node.get("revision"))
         for node, key, value in _walk(config)
         if key in RUN_CODE or (key == "name_or_path" and value)
     )
@@ -79,7 +79,7 @@ def _walk(node: Any) -> Iterator[tuple[dict[str, Any], str, Any]]:
             yield from _walk(value)
 
 
-def is_plain(name_or_path: str, revision: str | None) -> bool:
+def _is_plain(name_or_path: str, revision: str | None) -> bool:
     """Return whether a model is known to be whole and not quantized; one that is not here yet may be anything."""
     if name_or_path == EMBEDDED:
         return True

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner import ahead, disk, embedded, hardware, hub
+from runner import disk, embedded, hardware, hub
 from runner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ def local_path(name_or_path: str, revision: str | None = None, *, key: str = KEY
     return path
 
 
-@ahead.once
 def load_tokenizer(
     name_or_path: str,
     *,
@@ -114,7 +113,11 @@ def load_policy(name_or_path: str, *, tokenizer: "PreTrainedTokenizerBase", **op
 
 
 def load_classifier(
-    name_or_path: str, *, tokenizer: "PreTrainedTokenizerBase", scores: bool = False, **options: Any
+    name_or_path: str,
+    *,
+    tokenizer: "PreTrainedTokenizerBase",
+    scores: bool = False,
+    **options: Any,
 ) -> "PreTrainedModel":
     """Return a sequence classifier with one score that fits ``tokenizer``.
 
@@ -182,40 +185,28 @@ def load(
     from transformers.utils import find_adapter_config_file
 
     path, device = local_path(name_or_path, revision), PartialState().device
-    dtype = hardware.weights_dtype(dtype, frozen=adapter or quantization is not None, device=device.type)
-    source = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
-    options: dict[str, Any] = {**source, "attn_implementation": attn_implementation, "dtype": dtype, **labels}
+    source: dict[str, Any] = {"trust_remote_code": trust_remote_code, "use_safetensors": None if allow_pickle else True}
+    options: dict[str, Any] = {**source, **labels}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": device}}
     with hub.explained(path, key=KEY):
         if find_adapter_config_file(path, revision=revision):
             path, revision = str(merge_adapter(path, tokenizer, revision, source)), None
-        model, info = read(kind, path, revision=revision, **options)
+        model, info = kind.from_pretrained(
+            path,
+            revision=revision or "main",
+            dtype=hardware.weights_dtype(dtype, frozen=adapter or quantization is not None, device=device.type),
+            output_loading_info=True,
+            **options,
+        )
     fit_embedding(model, tokenizer)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if quantization is not None:
         model = _prepare_quantized(model, gradient_checkpointing=gradient_checkpointing)
     logger.info("%s: %s, %s, on %s", name_or_path, type(model).__name__, model.dtype, device)
     return model, sorted(info["missing_keys"])
-
-
-@ahead.once
-def read(
-    kind: Any,
-    path: str,
-    *,
-    revision: str | None = None,
-    dtype: str,
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-    **options: Any,
-) -> tuple[Any, dict[str, Any]]:
-    """Return a model as its files have it, and what its class says of them; see ``load``."""
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    options |= {"trust_remote_code": trust_remote_code, "use_safetensors": None if allow_pickle else True}
-    return kind.from_pretrained(path, revision=revision or "main", dtype=dtype, output_loading_info=True, **options)
 
 
 def digest_weights(folder: Path) -> str | None:
@@ -241,7 +232,7 @@ def fit_embedding(model: Any, tokenizer: "PreTrainedTokenizerBase") -> None:
 
     weight = model.get_input_embeddings().weight
     rows = getattr(weight, "ds_shape", weight.shape)[0]
-    needed = highest(tokenizer, len(tokenizer)) + 1
+    needed = _highest(tokenizer, len(tokenizer)) + 1
     if needed <= rows:
         return
     if hasattr(weight, "ds_shape"):
@@ -258,7 +249,7 @@ def fit_embedding(model: Any, tokenizer: "PreTrainedTokenizerBase") -> None:
 
 
 @lru_cache(maxsize=4)
-def highest(tokenizer: "PreTrainedTokenizerBase", size: int) -> int:
+def _highest(tokenizer: "PreTrainedTokenizerBase", size: int) -> int:
     """Return the highest token id of a tokenizer, which grows with its size; to list its vocabulary takes long."""
     return max(tokenizer.get_vocab().values())
 
@@ -326,7 +317,7 @@ def merge_adapter(
         name_or_path: The adapter.
         tokenizer: What ``load_tokenizer`` gave.
         revision: The adapter's.
-        source: Keywords of ``read`` that say what may be read of the base.
+        source: Keywords of ``from_pretrained`` that say what may be read of the base.
 
     Raises:
         ConfigError: The base cannot be loaded, or the adapter is pickled.
@@ -352,9 +343,11 @@ def merge_adapter(
         base = local_path(str(config.base_model_name_or_path), config.revision)
         classifier = config.task_type == "SEQ_CLS"
         kind: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-        options: dict[str, Any] = {"num_labels": 1} if classifier else {}
+        options = {"num_labels": 1} if classifier else {}
         with hub.explained(base, key=KEY):
-            model, _ = read(kind, base, revision=config.revision, dtype="auto", **(source or {}), **options)
+            model = kind.from_pretrained(
+                base, revision=config.revision or "main", dtype="auto", **(source or {}), **options
+            )
         fit_embedding(model, tokenizer)
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         PeftModel.from_pretrained(model, str(folder)).merge_and_unload().save_pretrained(target)
@@ -378,5 +371,7 @@ def _prepare_quantized(model: Any, *, gradient_checkpointing: bool) -> Any:
         if parameter.device.type == "cpu" and parameter.is_floating_point():
             parameter.data = parameter.data.clone()
     return prepare_model_for_kbit_training(
-        model, use_gradient_checkpointing=gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
+        model,
+        use_gradient_checkpointing=gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
     )

@@ -94,14 +94,6 @@ class Plan:
         return next(iter(self.composed.values()))
 
     @property
-    def shared(self) -> dict[str, Any] | None:
-        """What the first config says of its tokenizer and weights, where every combination begins with the same."""
-        configs = [one.config for one in self.composed.values()]
-        read = [(one["model"], one["quantization"], bool(one["peft"])) for one in configs]
-        keys = ("model", "quantization", "peft", "trainer", "launch")
-        return {key: configs[0][key] for key in keys} if all(one == read[0] for one in read) else None
-
-    @property
     def objectives(self) -> list[str]:
         """The metrics that trials are compared by."""
         named = self.search.objective

@@ -95,7 +95,7 @@ class Sweep:
             remote.open_cluster(self.plan.launcher)
             trials.warm(["runner.__main__", "runner.remote"], None)
         else:
-            trials.warm([*trials.PRELOAD, *self.plan.trainers], self.plan.left_out, self.plan.shared)
+            trials.warm([*trials.PRELOAD, *self.plan.trainers], self.plan.left_out)
         say(f"{self.plan.trials} trials (search={search.sampler}) in {self.directory}")
         if self.left:
             say(f"Going on with trial{'s' * (len(self.left) > 1)} {', '.join(map(str, self.left))}")

@@ -24,7 +24,6 @@ import yaml
 from runner import hardware, launch, lean, manifest, remote
 from runner.errors import ConfigError
 
-REHEARSE = "RUNNER_REHEARSE"  # JSON of what ``warm`` was told that all trials share
 PRELOAD = ["runner.__main__", "runner.run", "runner.freeze", "trl", "peft", "datasets", "optuna", "pydantic",
            "matplotlib.figure", "matplotlib.backends.backend_agg", "runner.rehearsal"]  # fmt: skip
 LOG = "runner.log"
@@ -186,13 +185,12 @@ def _context() -> Any:
     return multiprocessing.get_context("forkserver" if server else "spawn")
 
 
-def warm(modules: list[str], left_out: str | None, shared: dict[str, Any] | None = None) -> None:
+def warm(modules: list[str], left_out: str | None) -> None:
     """Start the server without waiting for it, so that it imports while the first trial is prepared.
 
     Args:
         modules: What it imports.
         left_out: Modules that no trial can ask for; None: trials run elsewhere, in the environment of this process.
-        shared: What all trials begin with; see ``rehearsal.rehearse``.
     """
     context = _context()
     if context.get_start_method() != "forkserver":
@@ -202,8 +200,7 @@ def warm(modules: list[str], left_out: str | None, shared: dict[str, Any] | None
 
     # libraries read these as they are imported; asking for devices must not open one
     given = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-    own = {lean.VARIABLE: left_out or "", REHEARSE: json.dumps(shared, default=str)}
-    given = {**given, **own} if left_out is not None else {}
+    given = {**given, lean.VARIABLE: left_out} if left_out is not None else {}
     quiet = "ignore::UserWarning:multiprocessing.resource_tracker"  # of what a killed trial could not give back
     given["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
     before = {key: os.environ.get(key) for key in given}

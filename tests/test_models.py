@@ -14,23 +14,18 @@ from peft import LoraConfig, get_peft_model
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from runner import ahead, embedded, hub
+from runner import embedded, hub
 from runner.adapters import check_adapter, keep_float32, peft_for
-from runner.compose import compose
-from runner.config import given
 from runner.errors import ConfigError
 from runner.models import (
     PLAIN_TEMPLATE,
     digest_weights,
     fit_embedding,
-    load,
     load_classifier,
     load_policy,
     load_tokenizer,
     local_path,
-    read,
 )
-from runner.rehearsal import rehearse
 
 CHAT = [
     {"role": "system", "content": "Be short."},
@@ -222,41 +217,6 @@ def test_weights_that_train_are_float32_also_when_saved_in_bfloat16(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     assert load_policy(str(tmp_path), tokenizer=tokenizer).dtype == torch.float32
     assert load_policy(str(tmp_path), tokenizer=tokenizer, dtype="bfloat16").dtype == torch.bfloat16
-
-
-def test_what_was_read_ahead_is_given_out_once_and_only_for_the_same_call(llama_dir):
-    tokenizer = ahead.keep(load_tokenizer, str(llama_dir))
-    kept, _ = ahead.keep(read, AutoModelForCausalLM, str(llama_dir), dtype="float32")
-    assert load_tokenizer(str(llama_dir), pad_token="<|tool|>") is not tokenizer
-    assert load_tokenizer(str(llama_dir)) is tokenizer
-    assert load_tokenizer(str(llama_dir)) is not tokenizer
-    assert load_policy(str(llama_dir), tokenizer=tokenizer, dtype="bfloat16").dtype == torch.bfloat16
-    assert load_policy(str(llama_dir), tokenizer=tokenizer) is kept
-    assert load_policy(str(llama_dir), tokenizer=tokenizer) is not kept
-
-
-@pytest.mark.parametrize(
-    ("words", "reads"),
-    [
-        ([], 2),
-        (["trainer=reward"], 0),  # its head is drawn by the run's seed
-        (["quantization=nf4"], 0),
-        (["launch=ddp", "launch.processes=2"], 0),
-        (["model.trust_remote_code=true"], 0),
-        (["model.dtype=bfloat16", "model.attn_implementation=eager"], 2),
-    ],
-)
-def test_only_what_a_run_will_ask_for_is_read_ahead(words, reads, llama_dir, monkeypatch):
-    monkeypatch.setattr(ahead, "_kept", {})
-    config = compose(["trainer=dpo", f"model.name_or_path={llama_dir}", *words]).config
-    before = torch.get_rng_state()
-    rehearse(config)
-    assert len(ahead._kept) == reads
-    assert torch.equal(torch.get_rng_state(), before)
-    if reads:
-        tokenizer = load_tokenizer(**given(load_tokenizer, config["model"]))
-        load_policy(tokenizer=tokenizer, adapter=True, **given(load, config["model"]))
-    assert not ahead._kept
 
 
 def test_attention_is_as_typed(llama_dir):

@@ -16,7 +16,7 @@ from filelock import FileLock
 from test_compose import write_recipe
 from test_run import BATCH, QUICK, SMALL, lines
 
-from runner import compose, journal, leaderboard, manifest, rehearsal, search, sweep, trials
+from runner import compose, journal, leaderboard, manifest, search, sweep, trials
 from runner.config import option_names
 from runner.errors import ConfigError
 from runner.leaderboard import Row
@@ -244,7 +244,7 @@ def test_a_trial_is_the_run_that_it_would_be_alone_and_the_best_is_a_recipe(llam
 
 def sweep_apart(folder, overrides):
     """Run a sweep in a forked process, which has all imports and so forks its trials itself."""
-    trials.warm = lambda modules, left_out, shared: rehearsal.rehearse(shared) if shared else None
+    trials.warm = lambda modules, left_out: None
     trials._context = lambda: multiprocessing.get_context("fork")
     os._exit(run(folder, *overrides))
 
@@ -262,32 +262,6 @@ def wait_until(condition, seconds=60):
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.05)
-
-
-@pytest.mark.slow
-def test_tokenizer_and_weights_are_read_once_for_all_trials_which_train_as_they_would_alone(llama_dir, tmp_path):
-    from test_run import start
-
-    process = begin_apart(tmp_path / "sweep", *words(llama_dir), "trainer.learning_rate=1e-4,1e-2")
-    alone, _ = start(tmp_path, f"model.name_or_path={llama_dir}", "trainer.learning_rate=1e-2")
-    process.join(60)
-    assert process.exitcode == 0
-    for number in range(2):
-        log = (tmp_path / "sweep" / str(number) / "runner.log").read_text()
-        assert [name for name in ("load_tokenizer", "read") if f"models.{name} was called once" in log] == [
-            "load_tokenizer",
-            "read",
-        ]
-    records = [manifest.read(folder) for folder in (alone, tmp_path / "sweep" / "1")]
-    assert records[0]["result_sha256"] == records[1]["result_sha256"]
-
-
-@pytest.mark.parametrize(
-    ("swept", "once"),
-    [("seed=1,2", True), ("peft.r=4,8", True), ("peft=lora,none", False), ("model.dtype=float32,bfloat16", False)],
-)
-def test_trials_share_tokenizer_and_weights_unless_what_is_swept_changes_them(swept, once):
-    assert (search.read([swept]).shared is not None) is once
 
 
 @pytest.mark.slow
