@@ -145,6 +145,7 @@ class Field:
     read: Callable[[], tuple[Any, str]]
     required: bool = False
     doc: str = ""
+    choices: list[str] = field(default_factory=list)  # where its class names them
     type = property(lambda self: self.read()[0])
     text = property(lambda self: self.read()[1])
 
@@ -339,17 +340,20 @@ def _read_fields(path: Path, node: ast.ClassDef) -> Iterator[tuple[str, Field]]:
             value = ast.unparse(statement.value) if statement.value else ""
             if "ClassVar" not in annotation and "init=False" not in value:
                 read = partial(_read_type, statement.annotation, path)
-                yield statement.target.id, Field(read, doc=_help(statement.value))
+                about = _metadata(statement.value)
+                yield statement.target.id, Field(read, doc=about.get("help", ""), choices=about.get("choices", []))
 
 
-def _help(default: ast.expr | None) -> str:
-    """Return the ``help`` of a dataclass field's metadata, where that is plain text."""
-    for found in ast.walk(default) if default else ():
-        if isinstance(found, ast.Dict):
-            for key, value in zip(found.keys, found.values, strict=True):
-                if isinstance(key, ast.Constant) and key.value == "help" and isinstance(value, ast.Constant):
-                    return str(value.value)
-    return ""
+def _metadata(default: ast.expr | None) -> dict[str, Any]:
+    """Return what a dataclass field's metadata says in plain values, such as its ``help`` and its ``choices``."""
+    found: dict[str, Any] = {}
+    for node in ast.walk(default) if default else ():
+        if isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                if isinstance(key, ast.Constant):
+                    with suppress(ValueError):
+                        found.setdefault(str(key.value), ast.literal_eval(value))
+    return found
 
 
 class _Reader(ast.NodeTransformer):

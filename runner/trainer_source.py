@@ -36,35 +36,43 @@ def metrics(target: str) -> tuple[set[str], list[str]]:
 
 
 def find_unknown(trainer: dict[str, Any]) -> list[str]:
-    """Name the words that a trainer does not know, in the fields that it compares with words; it would do so late.
+    """Name the words that a trainer does not know, in fields for which it knows several; it would say so late.
+
+    It knows the choices that its config class names, or the words that its source compares the field with; a word that
+    stands elsewhere in the source may be known, too.
 
     Args:
         trainer: The config node.
     """
     target, found = trainer["_target_"], []
-    own = schema.upstream_fields(target).keys() - schema.upstream_fields("transformers.TrainingArguments").keys()
-    for key in sorted(own & trainer.keys()):
+    fields = schema.upstream_fields(target)
+    for key in sorted(trainer.keys() & fields.keys() - schema.upstream_fields("transformers.TrainingArguments").keys()):
         for word in trainer[key] if isinstance(trainer[key], list) else [trainer[key]]:
-            known = sorted(_compared(target, key)) if isinstance(word, str) else []
-            if len(known) > 1 and word not in known and not _is_quoted(target, word):
-                near = "".join(f"did you mean {one}? " for one in difflib.get_close_matches(word, known, 1))
-                found.append(
-                    f"trainer.{key}={word} is nothing that {target} knows: {near}It can be {', '.join(known)}."
+            if not isinstance(word, str):
+                continue
+            choices, compared = fields[key].choices, sorted(_compared(target).get(key, ()))
+            if word not in choices if choices else len(compared) > 1 and not _is_quoted(target, word):
+                near = "".join(
+                    f"did you mean {one}? " for one in difflib.get_close_matches(word, choices or compared, 1)
                 )
+                what = f"It can be {', '.join(choices)}." if choices else f"Its source names {', '.join(compared)}."
+                found.append(f"trainer.{key}={word} is nothing that {target} knows: {near}{what}")
     return found
 
 
 @lru_cache(maxsize=16)
-def _compared(target: str, key: str) -> set[str]:
-    """Return the words that a trainer compares a field with."""
-    found: set[Any] = set()
+def _compared(target: str) -> dict[str, set[str]]:
+    """Return the words that a trainer compares names with, by name."""
+    found: dict[str, set[str]] = {}
     for node in ast.walk(ast.parse(find(target)[1].read_text("utf-8"))):
-        if isinstance(node, ast.Compare) and ast.unparse(node.left).rpartition(".")[2] == key:
-            found |= {one.value for one in ast.walk(node) if isinstance(one, ast.Constant)}
-    return {word for word in found if isinstance(word, str)}
+        if isinstance(node, ast.Compare):
+            values = [one.value for one in ast.walk(node) if isinstance(one, ast.Constant)]
+            words = {value for value in values if isinstance(value, str)}
+            found.setdefault(ast.unparse(node.left).rpartition(".")[2], set()).update(words)
+    return found
 
 
 def _is_quoted(target: str, word: str) -> bool:
-    """Return whether a trainer or its config names a word: it may be known all the same."""
+    """Return whether the source of a trainer or of its config has a word in quotes."""
     text = "".join(file.read_text("utf-8") for file in (find(target)[1], schema.locate(target)[0]))
     return re.search(rf"[`'\"]{re.escape(word)}[`'\"]", text) is not None

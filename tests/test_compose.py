@@ -94,9 +94,9 @@ def test_a_wrong_type_says_what_was_expected(override, answer):
             ["trainer=dpo", "trainer.loss_type=[ipo,sigmod]"],
             "loss_type=sigmod is nothing that trl.DPOConfig knows: did ",
         ),
-        (["trainer=grpo", "trainer.loss_type=sigmoid"], "It can be bnpo, cispo, dapo, dr_grpo, grpo"),
+        (["trainer=grpo", "trainer.loss_type=sigmoid"], "Its source names bnpo, cispo, dapo, dr_grpo, grpo"),
         (["trainer=sft", "trainer.packing=true", "trainer.packing_strategy=bdf"], "did you mean bfd?"),
-        (["trainer=cpo", "trainer.loss_type=simpo2"], "did you mean simpo?"),
+        (["trainer=cpo", "trainer.loss_type=kto_pair"], "It can be sigmoid, hinge, ipo, simpo, alphapo."),
     ],
 )
 def test_a_word_that_the_trainer_does_not_know_is_refused_with_those_it_knows(overrides, answer):
