@@ -28,6 +28,7 @@ PRELOAD = ["runner.__main__", "runner.run", "runner.freeze", "trl", "peft", "dat
            "matplotlib.figure", "matplotlib.backends.backend_agg", "runner.rehearsal"]  # fmt: skip
 LOG = "runner.log"
 GRACE = 30.0  # seconds from the wish that a trial should end to its kill
+warmed: list[Any] = []  # what the server was started with
 MEMORY = re.compile(
     r"out of memory|can't allocate memory|MemoryError|OutOfMemory|Cannot allocate memory", re.IGNORECASE
 )
@@ -83,7 +84,9 @@ class Trial:
     told: float = 0.0
 
     def start(self) -> None:
-        """Fork its process."""
+        """Fork its process, from a new server where the last one is gone."""
+        if warmed:
+            warm(*warmed)
         self.process = _context().Process(target=work, args=(self.job,), name=f"trial {self.number}")
         self.process.start()  # waits for the server, whose imports are not the trial's time
         self.tries, self.started = self.tries + 1, time.monotonic()
@@ -195,6 +198,7 @@ def warm(modules: list[str], left_out: str | None) -> None:
     context = _context()
     if context.get_start_method() != "forkserver":
         return
+    warmed[:] = modules, left_out
     context.set_forkserver_preload(modules)
     from multiprocessing import forkserver
 

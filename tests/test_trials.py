@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 
 import pytest
 from test_sweep import board, run, words
@@ -137,11 +140,36 @@ def test_trials_share_out_the_cores(monkeypatch):
     assert launch.threads(3) == 2
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="reads an environment from /proc")  # noqa: PTH110
+def test_a_server_that_was_killed_is_started_again_as_the_first_was(tmp_path):
+    code = f"""
+        import os, signal
+        from multiprocessing import forkserver
+        from pathlib import Path
+        from runner import trials
+
+        def told():
+            pid = forkserver._forkserver._forkserver_pid
+            words = Path(f"/proc/{{pid}}/environ").read_text().split(chr(0))
+            return pid, {{word for word in words if word.startswith(("OMP_", "RUNNER_", "PYTORCH_"))}}
+
+        trials.warm(["json"], "bitsandbytes")
+        first, environment = told()
+        os.kill(first, signal.SIGKILL)
+        os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+        trial = trials.Trial(0, 0, trials.Job({str(tmp_path)!r}, {{}}, {{}}, [], {{}}, 1))
+        trial.start()
+        trial.kill()
+        second, again = told()
+        assert first != second and environment == again, again
+        assert "RUNNER_LEAVE_OUT=bitsandbytes" in again
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_a_trial_runs_as_a_command_too_with_its_devices_and_threads(llama_dir, tmp_path):
-    import subprocess
-    import sys
-
     from runner import compose
 
     composed = compose.compose(words(llama_dir))
