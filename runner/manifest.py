@@ -33,6 +33,7 @@ Fields:
     rows: rows to train on
     parameters: of the model
     trainable_parameters: of the model
+    upstream_was_read: whether this TRL is one whose ways to encode, to score and to read pairs are replaced
     weights: precision, attention, quantization, commit and digest of what training began with
     untrained_rewards: reward models whose head is random
     metrics: at the end

@@ -407,6 +407,7 @@ def describe(trainer: Any) -> dict[str, Any]:
         "parameters": sum(_size(p) for p in model.parameters()),
         "trainable_parameters": sum(_size(p) for p in model.parameters() if p.requires_grad),
         "rows": len(trainer.train_dataset),
+        "upstream_was_read": lm_head.knows_trl(),
         "determinism": {
             **{key: getattr(trainer.args, key) for key in ("seed", "data_seed", "full_determinism")},
             "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),

@@ -5,10 +5,12 @@ import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig
+from test_run import lines, start
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from trl.kernels import chunked_logprob
 from trl.trainer import utils
 
+from runner import manifest
 from runner.lm_head import compact_lm_head, compact_pairs
 from runner.prefix_sharing import share_prefixes
 
@@ -124,6 +126,17 @@ def test_a_trl_that_was_not_read_keeps_its_own_way(monkeypatch, change):
     kept = getattr(utils, "_use_triton", None)
     assert not compact_lm_head()
     assert getattr(utils, "_use_triton", None) is kept
+
+
+@pytest.mark.parametrize("trainer", ["dpo", "orpo"])
+def test_a_run_under_a_trl_that_was_not_read_learns_the_same_and_says_so(trainer, llama_dir, tmp_path, monkeypatch):
+    known, _ = start(tmp_path, f"trainer={trainer}", f"model.name_or_path={llama_dir}", name="known")
+    monkeypatch.setattr(utils, "_use_triton", chunked_logprob._use_triton)
+    monkeypatch.setattr("runner.lm_head.version", lambda name: "1.17.0")
+    unknown, _ = start(tmp_path, f"trainer={trainer}", f"model.name_or_path={llama_dir}", name="unknown")
+    assert [manifest.read(run_dir)["upstream_was_read"] for run_dir in (known, unknown)] == [True, False]
+    losses = [[line["loss"] for line in lines(run_dir) if "loss" in line] for run_dir in (known, unknown)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def chars(completions, **_):
