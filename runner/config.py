@@ -170,6 +170,7 @@ def accumulation(global_batch_size: int, trainer: dict[str, Any], processes: int
 
 # Keys, what the others must be for them to have no effect, and how to say so. ``t`` is the trainer's node.
 IDLE: list[tuple[str, Callable[[dict[str, Any], dict[str, Any]], bool], str]] = [
+    ("trainer.max_steps", lambda t, c: t.get("max_steps") == 0, "0 is as -1: epochs tell the length"),
     ("trainer.num_train_epochs", lambda t, c: t.get("max_steps", -1) > 0, "trainer.max_steps is set"),
     ("trainer.num_train_epochs", lambda t, c: bool(t.get("total_episodes")), "trainer.total_episodes is set"),
     ("trainer.total_episodes", lambda t, c: t.get("max_steps", -1) > 0, "trainer.max_steps is set"),
@@ -367,7 +368,7 @@ def _value_faults(path: str, value: Any, field: schema.Field) -> list[str]:
     if not field.takes(value):
         hint = f"""; quote it: {path}="'{value}'" """.rstrip() if "str" in field.text and isinstance(value, int) else ""
         return [f"{path} takes {field.text}, found {value!r} ({type(value).__name__}){hint}."]
-    low = isinstance(value, int) and value < schema.LEAST.get(path, value)
+    low = isinstance(value, int | float) and value < schema.LEAST.get(path, value)
     return [f"{path}={value} must be at least {schema.LEAST[path]}."] if low else []
 
 

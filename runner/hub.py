@@ -129,6 +129,8 @@ def explained(name: str, *, key: str) -> Iterator[None]:
             hint = "There is no such repository, or it is private: check its id, or log in: hf auth login"
         elif "trust_remote_code" in str(error):
             hint = "It brings its own Python code; to run that, type model.trust_remote_code=true."
+        elif "attn_implementation" in str(error) or "FlashAttention" in str(error):
+            hint = "Choose another, for example model.attn_implementation=sdpa, or leave it null."
         elif "safetensors" in str(error) and not isinstance(error, SafetensorError):
             hint = (
                 "Weights are read from safetensors, because pickled ones can run code: convert them, or, if you trust "

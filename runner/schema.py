@@ -120,10 +120,11 @@ class Root:
 
 
 # Numbers that none of the libraries refuses, or only once the weights are loaded.
-LEAST = {"seed": 0, "samples.rows": 0, "max_seconds": 1} | dict.fromkeys(
+LEAST = {"seed": 0, "samples.rows": 0, "max_seconds": 0.001, "trainer.learning_rate": 0, "trainer.weight_decay": 0,
+         "trainer.max_grad_norm": 0, "trainer.warmup_steps": 0, "peft.lora_dropout": 0} | dict.fromkeys(
     ["global_batch_size", "launch.processes", "launch.nodes", "samples.max_new_tokens", "samples.batch_size",
      "trainer.per_device_train_batch_size", "trainer.per_device_eval_batch_size", "trainer.max_length",
-     "trainer.gradient_accumulation_steps", "trainer.max_completion_length"], 1)  # fmt: skip
+     "trainer.gradient_accumulation_steps", "trainer.max_completion_length", "peft.r"], 1)  # fmt: skip
 
 # The groups whose keys are our own. The last two need not be there.
 GROUPS = {
