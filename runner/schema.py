@@ -120,8 +120,10 @@ class Root:
 
 
 # Numbers that none of the libraries refuses, or only once the weights are loaded.
-LEAST = {"seed": 0, "samples.rows": 0, "max_seconds": 0.001, "trainer.learning_rate": 0, "trainer.weight_decay": 0,
-         "trainer.max_grad_norm": 0, "trainer.warmup_steps": 0, "peft.lora_dropout": 0} | dict.fromkeys(
+LEAST = {"max_seconds": 0.001, "trainer.temperature": 0.001} | dict.fromkeys(
+    ["seed", "samples.rows", "trainer.learning_rate", "trainer.weight_decay", "trainer.max_grad_norm",
+     "trainer.warmup_steps", "trainer.dataloader_num_workers", "trainer.beta", "trainer.desirable_weight",
+     "trainer.undesirable_weight", "peft.lora_dropout"], 0) | dict.fromkeys(
     ["global_batch_size", "launch.processes", "launch.nodes", "samples.max_new_tokens", "samples.batch_size",
      "trainer.per_device_train_batch_size", "trainer.per_device_eval_batch_size", "trainer.max_length",
      "trainer.gradient_accumulation_steps", "trainer.max_completion_length", "peft.r"], 1)  # fmt: skip

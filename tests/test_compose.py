@@ -75,6 +75,7 @@ def test_a_wrong_key_is_refused_with_the_nearest_right_one(overrides, answer):
         ("max_seconds=0", "max_seconds=0 must be at least 0.001"),
         ("trainer.learning_rate=-1e-5", "learning_rate=-1e-05 must be at least 0"),
         ("trainer.weight_decay=-0.1", "weight_decay=-0.1 must be at least 0"),
+        ("trainer.dataloader_num_workers=-1", "dataloader_num_workers=-1 must be at least 0"),
         ("peft.r=0", "peft.r=0 must be at least 1"),
         ("trainer.max_steps=1.5", "takes int, found 1.5"),
         ("trainer.eval_strategy=sometimes", "no | steps | epoch"),
