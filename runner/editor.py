@@ -115,6 +115,8 @@ def _property(field: schema.Field, note: str) -> dict[str, Any]:
         kind = TypeAdapter(field.type).json_schema()
     except (PydanticSchemaGenerationError, PydanticUserError):
         kind = {}
+    if field.choices and field.text == "str":
+        kind = {"enum": field.choices}
     text = " ".join(" | ".join(filter(None, (field.doc, note))).split())
     found = {"anyOf": [*(kind.get("anyOf") or [kind]), INTERPOLATION]} if kind else {}
     return found | {"description": f"{text} ({field.text})" if text else field.text}

@@ -44,6 +44,15 @@ def test_a_wrong_type_is_refused_and_an_interpolation_is_not(validator):
     assert faults(validator, {"trainer": {"seed": "${seed}", "max_steps": 3}}) == []
 
 
+def test_the_choices_that_a_class_names_are_offered_and_no_others(validator):
+    offered = json_schema()["$defs"]["trl.SFTConfig"]["properties"]["packing_strategy"]["anyOf"]
+    assert {"enum": ["bfd", "bfd_split", "wrapped"]} in offered
+    config = compose.compose(["trainer=sft", "trainer.packing=true", "trainer.packing_strategy=wrapped"]).config
+    assert faults(validator, config) == []
+    config["trainer"]["packing_strategy"] = "wraped"
+    assert faults(validator, config)
+
+
 def test_keys_are_described():
     schema = json_schema()
     assert "rank" in schema["$defs"]["peft.LoraConfig"]["properties"]["r"]["description"]
