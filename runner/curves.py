@@ -9,7 +9,7 @@ Line = Mapping[str, Any]
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b7791f", "#718096")
 MOST = 12  # panels
 SMOOTH_FROM = 40  # points; below it every point is drawn as it is
-PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (  # names of TRL's trainers; a held-out twin begins with eval_
+PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (  # TRL's metric names; a held-out twin begins with eval_
     ("Loss", ("loss",)),
     ("Reward", ("reward",)),
     ("Score", ("objective/scores",)),

@@ -134,7 +134,10 @@ def _ask_rewards(done: Check) -> dict[str, Any]:
     say(f"  columns that rewards get: {', '.join(name for name in row if name != 'prompt') or 'none'}")
     allowed = [*done.config["allow_code"], *os.environ.get("RUNNER_ALLOW_CODE", "").split(",")]
     scoring = rewards.build_rewards(
-        done.config["reward"], columns=set(row), load_model=lambda _: (_Unread(), None), allowed=allowed
+        done.config["reward"],
+        columns=set(row),
+        load_model=lambda _: (_Unread(), None),
+        allowed=allowed,
     )
     asked = score_answers(row, scoring)
     for name, says in asked.items():

@@ -99,7 +99,10 @@ def create(run_dir: str | Path, *, argv: Sequence[str] | None = None, **fields: 
         "argv": list(sys.argv if argv is None else argv),
         "config_sha256": disk.digest(config) if config.is_file() else None,
         "git": _git(),
-        "versions": {"python": platform.python_version()} | {n: packages[n] for n in LIBRARIES if n in packages},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: packages[name] for name in LIBRARIES if name in packages},
+        },
         "packages": packages,
         "platform": _platform(),
         **fields,
@@ -322,8 +325,12 @@ def _packages() -> dict[str, str]:
 
 
 def _platform() -> dict[str, Any]:
-    found = {"system": platform.platform(), "machine": platform.machine(), "processors": os.cpu_count()}
-    return {**found, "host": platform.node()}
+    return {
+        "system": platform.platform(),
+        "machine": platform.machine(),
+        "processors": os.cpu_count(),
+        "host": platform.node(),
+    }
 
 
 def _git() -> dict[str, Any] | None:

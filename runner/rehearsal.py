@@ -1,4 +1,4 @@
-"""What a process does before it loads its first model; imported where trials are forked, so that none has to do it."""
+"""What every run does, whatever its config; imported where trials are forked, so that none has to do it."""
 
 from contextlib import suppress
 

@@ -135,7 +135,7 @@ def follow(composed: Any) -> int:
     if not _is_led(run_dir, leader):
         return 128 + signal.SIGTERM
     job = {"run_dir": str(run_dir), "config": {}, "choices": {}, "overrides": [], "environment": {}, "threads": 0}
-    # also in the run's process
+    # to be ignored by the run's process, too
     before: dict[int, Any] = {signal.SIGUSR2: signal.signal(signal.SIGUSR2, signal.SIG_IGN)}
     command = [sys.executable, "-m", "runner.trials", json.dumps(job), "--leader"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=about.cwd)

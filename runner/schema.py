@@ -220,7 +220,7 @@ def keyword_fields(module: str, function: str) -> dict[str, Field]:
         ConfigError: The module has no such function.
     """
     path = Path(__file__).with_name(f"{module}.py")
-    tree = _parse(path)
+    tree = parse(path)
     first = {"rewards": "completions"}.get(module)  # what makes a function of that module a choice
     public = {
         n.name: n
@@ -277,7 +277,8 @@ def locate(target: str) -> tuple[Path, ast.ClassDef]:
 
 
 @lru_cache(maxsize=128)
-def _parse(path: Path) -> ast.Module:
+def parse(path: Path) -> ast.Module:
+    """Return the syntax tree of a module, which is read once."""
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
@@ -289,7 +290,7 @@ def _module_file(base: Path) -> Path | None:
 @lru_cache(maxsize=512)
 def _find_class(path: Path, name: str) -> tuple[Path, ast.ClassDef] | None:
     """Find a class defined in a module or imported into it, following the imports."""
-    tree = _parse(path)
+    tree = parse(path)
     for statement in tree.body:
         if isinstance(statement, ast.ClassDef) and statement.name == name:
             return path, statement

@@ -25,7 +25,7 @@ def metrics(target: str) -> tuple[set[str], list[str]]:
     files = [find(target)[1]]
     files += [Path(__file__).with_name(f"{name}.py") for name in ("rollout", "rl_math") if target.startswith("runner.")]
     names, patterns = set(), []
-    for node in itertools.chain.from_iterable(ast.walk(ast.parse(file.read_text("utf-8"))) for file in files):
+    for node in itertools.chain.from_iterable(ast.walk(schema.parse(file)) for file in files):
         if isinstance(node, ast.Constant) and re.fullmatch(r"[a-z]\w*(/\w+)*", str(node.value)):
             names.add(str(node.value))
         elif isinstance(node, ast.JoinedStr):
@@ -44,27 +44,29 @@ def find_unknown(trainer: dict[str, Any]) -> list[str]:
     Args:
         trainer: The config node.
     """
-    target, found = trainer["_target_"], []
-    fields = schema.upstream_fields(target)
-    for key in sorted(trainer.keys() & fields.keys() - schema.upstream_fields("transformers.TrainingArguments").keys()):
-        for word in trainer[key] if isinstance(trainer[key], list) else [trainer[key]]:
-            if not isinstance(word, str):
-                continue
-            choices, compared = fields[key].choices, sorted(_compared(target).get(key, ()))
-            if word not in choices if choices else len(compared) > 1 and not _is_quoted(target, word):
-                near = "".join(
-                    f"did you mean {one}? " for one in difflib.get_close_matches(word, choices or compared, 1)
-                )
-                what = f"It can be {', '.join(choices)}." if choices else f"Its source names {', '.join(compared)}."
-                found.append(f"trainer.{key}={word} is nothing that {target} knows: {near}{what}")
-    return found
+    target = trainer["_target_"]
+    own = schema.upstream_fields(target).keys() - schema.upstream_fields("transformers.TrainingArguments").keys()
+    typed = {key: trainer[key] for key in sorted(own & trainer.keys())}
+    words = [(key, word) for key, value in typed.items() for word in (value if isinstance(value, list) else [value])]
+    return [fault for key, word in words if isinstance(word, str) and (fault := _fault(target, key, word))]
+
+
+def _fault(target: str, key: str, word: str) -> str | None:
+    """Say that a trainer does not know a word, unless it does or may."""
+    choices, compared = schema.upstream_fields(target)[key].choices, sorted(_compared(target).get(key, ()))
+    known = choices or compared
+    if word in known or (not choices and (len(compared) < 2 or _is_quoted(target, word))):
+        return None
+    near = "".join(f"did you mean {one}? " for one in difflib.get_close_matches(word, known, 1))
+    what = f"It can be {', '.join(choices)}." if choices else f"Its source names {', '.join(compared)}."
+    return f"trainer.{key}={word} is nothing that {target} knows: {near}{what}"
 
 
 @lru_cache(maxsize=16)
 def _compared(target: str) -> dict[str, set[str]]:
     """Return the words that a trainer compares names with, by name."""
     found: dict[str, set[str]] = {}
-    for node in ast.walk(ast.parse(find(target)[1].read_text("utf-8"))):
+    for node in ast.walk(schema.parse(find(target)[1])):
         if isinstance(node, ast.Compare):
             values = [one.value for one in ast.walk(node) if isinstance(one, ast.Constant)]
             words = {value for value in values if isinstance(value, str)}

@@ -9,6 +9,7 @@ import pytest
 
 from runner import compose, trainer_source
 from runner.__main__ import help_page
+from runner.config import find_idle
 from runner.errors import ConfigError
 
 
@@ -138,6 +139,14 @@ def test_a_value_model_that_nothing_would_use_is_refused(overrides):
 )
 def test_a_key_without_effect_is_refused(override, answer):
     assert answer in refusal(override)
+
+
+def test_no_steps_at_all_are_said_to_mean_epochs():
+    config = compose.compose(["trainer.max_steps=0"]).config
+    assert find_idle(config, ["trainer.max_steps"]) == [
+        "trainer.max_steps has no effect: 0 is as -1: epochs tell the length."
+    ]
+    assert find_idle(compose.compose(["trainer.max_steps=3"]).config, ["trainer.max_steps"]) == []
 
 
 def test_an_evaluation_without_rows_is_refused():
