@@ -2,15 +2,18 @@
 
 A model of the shape of Qwen2.5-0.5B with random weights is trained with LoRA on the same rows, in bf16 where the device
 has it, by both sides in turn, each in a process of its own. A step lasts from its begin to the next one's, the work of
-the device awaited; memory is the most that the device had allocated. Then ours runs once more under a profiler, for the
-ten operations that took longest. First losses that differ by a hundredth make a comparison void.
+the device awaited; memory is the most that the device had allocated. Steps count once the guards have looked at the
+first ten. Then ours runs once more under a profiler, for the ten kernels that took longest. First losses that differ by
+a hundredth make a comparison void.
 
-On a machine without a GPU it runs, too, and shows nothing: `--layers 2 --width 64 --length 32 --steps 4`.
+On a machine without a GPU it runs, too, and shows nothing:
+`--layers 2 --width 64 --length 32 --vocabulary 1 --steps 4`.
 """
 
 import argparse
 import itertools
 import json
+import random
 import resource
 import subprocess
 import sys
@@ -20,6 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+WATCHED = 11  # steps until the guards look no more
 JOBS = {"sft": 8, "dpo": 4, "grpo": 16}  # sequences, pairs or answers of a step
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
 
@@ -33,7 +37,7 @@ def main() -> None:
     print("| job | s per step: ours / TRL's | peak memory, MB: ours / TRL's |\n|---|---|---|")
     tops = {}
     with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder, "model"), asked.layers, asked.width)
+        make_model(Path(folder, "model"), asked)
         for job in asked.job:
             write_rows(Path(folder, job), job, asked.length)
             found: dict[str, list[dict[str, Any]]] = {"runner": [], "trl": []}
@@ -44,8 +48,8 @@ def main() -> None:
             ratios = [f"{of['runner']:.{n}f} / {of['trl']:.{n}f} = {of['runner'] / of['trl']:.2f}"
                       for of, n in ((step, 3), (memory, 0))]  # fmt: skip
             print(f"| {job} | {' | '.join(ratios)} |", flush=True)
-            first = {side: [round(loss, 2) for loss in results[0]["losses"][:3]] for side, results in found.items()}
-            if first["runner"] != first["trl"] or not first["runner"]:
+            first = {side: results[0]["losses"][:3] for side, results in found.items()}
+            if not all(abs(one - other) < 0.01 for one, other in zip(*first.values(), strict=True)):
                 print(f"void: the losses differ: {first}")
             tops[job] = in_process(folder, job, "runner", "profile", profiled=True)["top"]
     for job, top in tops.items():
@@ -57,10 +61,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--job", choices=list(JOBS), nargs="+", default=list(JOBS))
     parser.add_argument("--runs", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=12, help="the first three are not counted")
+    parser.add_argument("--steps", type=int, default=20, help=f"the first {WATCHED} are not counted")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--width", type=int, default=896)
+    parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--length", type=int, default=512, help="tokens of a row, about")
+    parser.add_argument("--tokenizer", help="a folder; by default the embedded model's")
     for hidden in ("--side", "--folder", "--out"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)
@@ -80,27 +86,31 @@ def in_process(folder: str, job: str, side: str, out: str, *, profiled: bool) ->
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def make_model(folder: Path, layers: int, width: int) -> None:
-    """Write a model with random weights and the embedded one's tokenizer."""
+def make_model(folder: Path, asked: argparse.Namespace) -> None:
+    """Write a model with random weights and a tokenizer."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from runner import embedded, models
 
-    models.load_tokenizer(name_or_path=str(embedded.materialise())).save_pretrained(folder)
+    tokenizer = models.load_tokenizer(name_or_path=asked.tokenizer or str(embedded.materialise()))
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    shape = {"hidden_size": width, "intermediate_size": 38 * width // 7, "num_hidden_layers": layers}
+    width = asked.width
+    shape = {"hidden_size": width, "intermediate_size": 38 * width // 7, "num_hidden_layers": asked.layers}
     heads = {"num_attention_heads": width // 64, "num_key_value_heads": max(1, width // 448)}
-    config = Qwen2Config(vocab_size=151_936, tie_word_embeddings=True, dtype="bfloat16", **shape, **heads)
+    shape |= {"vocab_size": max(asked.vocabulary, len(tokenizer)), "tie_word_embeddings": True}
+    config = Qwen2Config(dtype="bfloat16", **shape, **heads)
     Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
 def write_rows(folder: Path, job: str, length: int) -> None:
     """Write rows of about so many tokens, a third of them the answer's; a prompt alone has half as many."""
     folder.mkdir()
+    draw = random.Random(0)
     with (folder / "train.jsonl").open("w") as file:
-        for number in range(256):
-            words = [str((number * 7919 + place * 104_729) % 10) for place in range(length // 2)]
+        for _ in range(256):
+            words = draw.choices("0123456789", k=length // 2)
             cut = len(words) * 2 // 3
             said = {"prompt": words[:cut], "completion": words[cut:], "chosen": words[cut:], "rejected": words[:-cut]}
             columns = {"sft": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected"), "grpo": ("prompt",)}
@@ -115,12 +125,14 @@ def common(asked: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of the trainer's arguments that both sides get."""
     import torch
 
+    from runner import hardware
+
     (job,) = asked.job
     has_gpu = torch.cuda.is_available()
     fields: dict[str, Any] = {
         **{"max_steps": asked.steps, "per_device_train_batch_size": JOBS[job], "learning_rate": 1e-4},
         **{"lr_scheduler_type": "constant", "warmup_steps": 0, "logging_steps": 1, "save_strategy": "no"},
-        **{"gradient_checkpointing": False, "bf16": has_gpu and torch.cuda.is_bf16_supported(), "seed": 42},
+        **{"gradient_checkpointing": False, "bf16": has_gpu and hardware.has_bf16("cuda"), "seed": 42},
     }
     if job != "grpo":
         return {**fields, "max_length": 2 * asked.length}
@@ -142,7 +154,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         if has_gpu:
             torch.cuda.synchronize()
         began.append(time.perf_counter())
-        if asked.profiled and len(began) == asked.steps - 2:
+        if asked.profiled and len(began) == asked.steps - 3:
             profiler.start()
         if asked.profiled and len(began) == asked.steps:
             profiler.stop()
@@ -151,11 +163,12 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     transformers.Trainer.training_step = timed
     losses = train_ours(asked) if asked.side == "runner" else train_trl(asked)
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    seconds = [after - before for before, after in itertools.pairwise(began[min(3, len(began) - 2) :])]
+    seconds = [after - before for before, after in itertools.pairwise(began[min(WATCHED, len(began) - 2) :])]
     top = []
     if asked.profiled:
-        time_of = "self_device_time_total" if has_gpu else "self_cpu_time_total"
-        events = sorted(profiler.key_averages(), key=lambda one: -getattr(one, time_of))
+        time_of, kind = ("self_device_time_total", "CUDA") if has_gpu else ("self_cpu_time_total", "CPU")
+        events = [one for one in profiler.key_averages() if one.device_type.name == kind]  # not callers
+        events.sort(key=lambda one: -getattr(one, time_of))
         top = [(one.key[:100], getattr(one, time_of) / 1e3) for one in events[:10]]
     peak = torch.cuda.max_memory_allocated() if has_gpu else host
     return {"step": median(seconds), "memory": peak / 2**20, "losses": losses, "top": top}
