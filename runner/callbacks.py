@@ -265,18 +265,18 @@ def _fingerprint(model: Any) -> torch.Tensor:
     for _, parameter in _trainable(model):
         flat = _local(getattr(parameter, "ds_tensor", parameter)).reshape(-1)  # of DeepSpeed's: this rank's part
         wide = torch.float32 if flat.device.type == "mps" else torch.float64  # mps has no float64
-        total = torch.zeros(2, dtype=torch.float64)
+        total = torch.zeros(2, dtype=wide, device=flat.device)
         for chunk in flat.split(CHUNK):
             part = chunk.to(wide)
-            total += torch.stack([part.sum(), part.square().sum()]).cpu()
+            total += torch.stack([part.sum(), part.square().sum()])
         rows.append(total)
-    return torch.stack(rows)
+    return torch.stack(rows).double().cpu()
 
 
 def _largest_gradient(model: Any) -> float | None:
     """Return the largest absolute gradient over all ranks; None where it is kept elsewhere (DeepSpeed)."""
     gradients = [_local(p.grad) for _, p in _trainable(model) if p.grad is not None]
-    sizes = [torch.linalg.vector_norm(g, ord=math.inf).float().cpu() for g in gradients if g.numel()]
+    sizes = [torch.linalg.vector_norm(g, ord=math.inf).float() for g in gradients if g.numel()]
     seen = over_ranks(float(len(sizes)))
     largest = over_ranks(float(torch.stack(sizes).max()) if sizes else 0.0)  # max and sum both keep NaN
     return largest if seen else None

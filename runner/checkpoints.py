@@ -4,21 +4,23 @@ A checkpoint's seal is written last. It names every file with its size and diges
 were, so that a run which goes on from it ends with the logs of a run that was never interrupted.
 """
 
+import contextlib
 import errno
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from runner import disk, manifest
-from runner.errors import ConfigError
+from runner.errors import MEMORY, ConfigError, RunStopped
 
 SEAL, STATE = "complete.json", "runner_state.pt"
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -219,6 +221,27 @@ def tidy(run_dir: Path, resumed: Path | None) -> None:
     for name, length in logs.items():
         if (run_dir / name).exists():
             os.truncate(run_dir / name, length)
+
+
+@contextlib.contextmanager
+def fitting(run_dir: Path) -> Iterator[None]:
+    """Say in a line what was full, the disk or the device, and what to do.
+
+    Raises:
+        RunStopped: One was.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if free_space(run_dir, error):
+            raise RunStopped(f"disk full: {error}. The checkpoints before stay: make room, then resume.") from error
+        if MEMORY.search(f"{type(error).__name__}: {error}"):
+            raise RunStopped(
+                f"out of memory: {'. '.join(str(error).split('. ')[:2])}. Type a smaller "
+                "trainer.per_device_train_batch_size, trainer.gradient_checkpointing=true or quantization=nf4; "
+                "python -m runner.check says what would fit."
+            ) from error
+        raise
 
 
 def free_space(run_dir: Path, fault: BaseException) -> bool:

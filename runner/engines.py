@@ -22,7 +22,9 @@ BITSANDBYTES = re.compile(r"(?!.*torch).*(bnb|8bit|32bit|paged|ademamix)")  # op
 def fields(node: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of ``transformers.TrainingArguments`` that let a training be split as ``launch`` says."""
     if fsdp := node.get("fsdp"):
-        own = {"gradient_checkpointing": False} if fsdp.get("activation_checkpointing") else {}
+        own: dict[str, Any] = {"gradient_checkpointing": False} if fsdp.get("activation_checkpointing") else {}
+        if fsdp.get("cpu_offload") and hardware.device_type() == "cuda":
+            own["ddp_backend"] = "cuda:nccl,cpu:gloo"  # the norm of gradients that are kept on the CPU is summed there
         return {"fsdp": True, "fsdp_config": {"version": 2}, **own}
     if deepspeed := _given(node.get("deepspeed")):
         from accelerate.utils import DeepSpeedPlugin

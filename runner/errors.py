@@ -1,4 +1,8 @@
-"""The ways in which a run ends early on purpose."""
+"""The ways in which a run ends early on purpose, and how a lack of memory is told."""
+
+import re
+
+MEMORY = re.compile(r"(?i)out ?of ?memory|(can't|cannot) allocate memory|MemoryError")
 
 
 class ConfigError(Exception):

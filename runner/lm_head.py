@@ -6,17 +6,12 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
+from runner import trainer_source
 from runner.prefix_sharing import TYPES
 
 logger = logging.getLogger(__name__)
 
-VERSIONS = ("1.16",)  # minor versions of TRL whose source was read and whose losses were compared
 COMPILED = frozenset({"neuron", "xla", "hpu"})  # compile for each shape, so that fewer positions cost more
-
-
-def knows_trl() -> bool:
-    """Tell whether the source of the installed TRL was read, and its private parts are what we take them for."""
-    return version("trl").rsplit(".", 1)[0] in VERSIONS
 
 
 def compact_lm_head() -> bool:
@@ -33,8 +28,8 @@ def compact_lm_head() -> bool:
     switch: Any = getattr(utils, "_use_triton", None)
     if getattr(switch, "compacts", False):
         return True
-    if not knows_trl() or switch is None or inspect.getsource(utils).count("_use_triton(") != 1:
-        logger.info("TRL %s was not compared: its own way to score, and to read pairs, is kept", version("trl"))
+    if not trainer_source.knows_trl() or switch is None or inspect.getsource(utils).count("_use_triton(") != 1:
+        logger.info("TRL %s was not compared: its own way to score is kept", version("trl"))
         return False
 
     def compacts(device: Any) -> bool:

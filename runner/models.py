@@ -209,6 +209,15 @@ def load(
     return model, sorted(info["missing_keys"])
 
 
+def folder_of(config: Any) -> Path:
+    """Return where the files of a loaded model are: in its folder, or in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    commit = getattr(config, "_commit_hash", None)  # of what came from the hub
+    found = try_to_load_from_cache(config._name_or_path, "config.json", revision=commit) if commit else None
+    return Path(found).parent if isinstance(found, str) else Path(config._name_or_path)
+
+
 def digest_weights(folder: Path) -> str | None:
     """Return a digest of the weight files in a folder, their names included; None where there are none.
 

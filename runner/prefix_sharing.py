@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from runner import trainer_source
+
 logger = logging.getLogger(__name__)
 
 TRAINERS = frozenset({"dpo", "reward", "orpo", "cpo"})
@@ -124,6 +126,8 @@ def why_not(model: Any, arguments: Any, adapter: Any) -> str:
         adapter: The adapter's config, or None.
     """
     config = model.config
+    if not trainer_source.knows_trl():
+        return "this TRL was not compared"
     if config.model_type not in TYPES or model.base_model is model:
         return f"models of type {config.model_type} were not tested with it"
     if config._attn_implementation not in ATTENTION:

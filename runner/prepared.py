@@ -3,10 +3,9 @@
 import logging
 from typing import TYPE_CHECKING, Any
 
-from runner import reference
+from runner import reference, trainer_source
 from runner.batching import GROUPED, SEQUENCES, by_length
 from runner.encoding import IDS, PASSED_ON
-from runner.lm_head import knows_trl
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,7 +30,7 @@ def choose_rows(splits: "Splits", arguments: Any, *, trainer: str) -> tuple["Dat
     if not columns or not set(columns) <= set(splits.ids["train"].column_names):
         return splits.train, splits.eval
     why = [f"trainer.{key}" for key in CHANGES if getattr(arguments, key, None)]
-    if why or not knows_trl():
+    if why or not trainer_source.knows_trl():
         logger.info("TRL prepares the rows itself: %s", ", ".join(why) or "its version is not one that is known here")
         return splits.train, splits.eval
     if getattr(arguments, "dataset_num_proc", None):

@@ -53,7 +53,8 @@ def run(run_dir: Path) -> dict[str, float]:
     """
     run_dir = Path(run_dir).absolute()
     config: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
-    with manifest.recording(run_dir), preemption.heeding(config.get("max_seconds")) as stopping:
+    heeding = preemption.heeding(config.get("max_seconds"))
+    with manifest.recording(run_dir), checkpoints.fitting(run_dir), heeding as stopping:
         resumed = checkpoints.find_newest(run_dir)
         name = trainer_name(config["trainer"]["_target_"])
         reads = views.row_kind(name)
@@ -68,11 +69,11 @@ def run(run_dir: Path) -> dict[str, float]:
         rows, audit = tokens.fit_splits(loaded, tokenizer, reads=reads, trainer=name, **limits)
         online = reads == "prompt"
         columns = set(rows.train.column_names) if online else {key for row in rows.held_out for key in row}
-        scoring = trainers.load_rewards(config, columns=columns, online=online)
-        arguments, chosen = trainers.build_arguments(
+        arguments, chosen = trainers.build_arguments(  # and with them the group of processes, before any model
             config["trainer"], run_dir, evaluates=rows.eval is not None, resumed=resumed is not None,
             global_batch_size=config.get("global_batch_size"), launch=config.get("launch"), rows=len(rows.train),
         )  # fmt: skip
+        scoring = trainers.load_rewards(config, columns=columns, online=online)
         trainers.refuse(arguments, prompts=len(rows.train), adapted=bool(config["peft"]))
         facts = {"chosen": chosen, "untrained_rewards": scoring.untrained}
         facts |= foresee(config, name, loaded, audit, arguments, tokenizer)
@@ -90,7 +91,7 @@ def run(run_dir: Path) -> dict[str, float]:
 
         checkpoints.Checkpoints(trainer, run_dir, keep=config["trainer"].get("save_total_limit"), resumed=resumed)
         with pruning.reporting(trainer, run_dir):
-            metrics = trainers.train(trainer, stopping, run_dir, resumed=resumed)
+            metrics = trainers.train(trainer, stopping, resumed=resumed)
         trainers.save(trainer, run_dir / "model")
         metrics |= trainers.evaluate(trainer)
         facts = {"metrics": metrics, "speed": trainers.speed(trainer, metrics)}
@@ -120,12 +121,13 @@ def foresee(
 
 
 def publish(run_dir: Path, trainer: Any) -> None:
-    """Write the card, the curves and the report, push if asked to, and log the summary; none can undo the run."""
+    """Write card, curves and report, push if asked to, end what tracks, log the summary; none can undo the run."""
     steps = {
         "card": lambda: card.write_card(run_dir),
         "curves": lambda: report.write_curves(run_dir),
         "report": lambda: report.write_page(run_dir),
         "push": lambda: trainers.push(trainer, run_dir),
+        "wandb": lambda: (opened := getattr(sys.modules.get("wandb"), "run", None)) and opened.finish(),
     }
     for name, step in steps.items():
         try:

@@ -216,18 +216,13 @@ def _quantiles(lengths: Iterable[int]) -> dict[str, int]:
 def _warn(name: str, audit: dict[str, Any], limit: str) -> None:
     if audit["dropped"]:
         logger.warning("%s: %d of %d rows are left out: over %s tokens.", name, audit["dropped"], audit["rows"], limit)
+    shares = {**audit, "endless": 1 - audit.get("stop_token_in_loss", 1) - audit.get("truncated", 0)}
     findings = {
         "truncated": "are cut at trainer.max_length, and their answers do not end",
         "prompt_differs": "have a prompt that the chat template writes otherwise alone, which is how it will be used",
         "double_bos": "start with two beginning-of-sequence tokens: template and tokenizer each add one",
+        "endless": "do not end with a stop token: the model will not learn to stop",
     }
     for finding, meaning in findings.items():
-        if audit.get(finding):
-            logger.warning("%s: %.1f%% of sequences %s.", name, 100 * audit[finding], meaning)
-    endless = 1 - audit.get("stop_token_in_loss", 1) - audit.get("truncated", 0)
-    if endless > 1e-9:
-        logger.warning(
-            "%s: %.1f%% of sequences do not end with a stop token: the model will not learn to stop.",
-            name,
-            100 * endless,
-        )
+        if shares.get(finding, 0) > 1e-9:
+            logger.warning("%s: %.1f%% of sequences %s.", name, 100 * shares[finding], meaning)

@@ -6,16 +6,12 @@ import inspect
 import logging
 import os
 import pickle
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from runner import (
     adapters,
     callbacks,
-    checkpoints,
     engines,
     evaluation,
     hardware,
@@ -25,6 +21,7 @@ from runner import (
     prepared,
     reference,
     rewards,
+    trainer_source,
 )
 from runner.batching import refuse_leaks
 from runner.config import accumulation, build, given, trainer_name
@@ -77,20 +74,21 @@ def build_arguments(
     fixed = _fixed_fields(node, run_dir, evaluates=evaluates, resumed=resumed)
     if not TENSORBOARD_DIR:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir / "tensorboard")
-    launch, choose = launch or {}, partial(reference.choose, node=node, rows=rows, run_dir=run_dir)
-    if planned and planned > 1:
-        arguments = build(node, **chosen, **fixed, class_fields={"world_size": planned})
-        one_disk = not engines.chosen(launch) and launch.get("nodes", 1) == 1
-        return arguments, chosen | choose(arguments, one_disk=one_disk)
-    split = {} if planned else launch
-    arguments = build(node, **{**chosen, **fixed, **engines.fields(split)})
+    launch = launch or {}
+    split, counted = ({}, {"world_size": planned}) if planned else (launch, {})
+    arguments = build(node, **{**chosen, **fixed, **engines.fields(split)}, class_fields=counted)
     engines.tell(arguments, split)
     if not node.get("use_cpu") and (idle := hardware.idle_gpus()):
         logger.warning("%s", idle)
+    if arguments.n_gpu > 1:  # which transformers would wrap into DataParallel, and TRL refuses
+        if processes == 1:
+            logger.warning("1 of %d GPUs trains. Type launch=ddp to use all of them.", arguments.n_gpu)
+        arguments._n_gpu = 1
     if arguments.world_size != processes:
         raise ConfigError(f"{processes} processes were started and {arguments.world_size} would train together.")
-    one_disk = processes == int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return arguments, chosen | choose(arguments, one_disk=one_disk)
+    alone = not engines.chosen(launch) and launch.get("nodes", 1) == 1
+    one_disk = alone if planned else processes == int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return arguments, chosen | reference.choose(arguments, node, rows=rows, run_dir=run_dir, one_disk=one_disk)
 
 
 def _fixed_fields(node: dict[str, Any], run_dir: Path, *, evaluates: bool, resumed: bool) -> dict[str, Any]:
@@ -105,10 +103,8 @@ def _fixed_fields(node: dict[str, Any], run_dir: Path, *, evaluates: bool, resum
     if resumed:
         fixed["eval_on_start"] = False  # the run has begun
     if node.get("push_to_hub"):  # at the end, from model/; see push
-        fixed |= {
-            "hub_model_id": node.get("hub_model_id") or run_dir.name,
-            "hub_strategy": node.get("hub_strategy") or "end",
-        }
+        default = {"hub_model_id": run_dir.name, "hub_strategy": "end"}
+        fixed |= {key: node.get(key) or value for key, value in default.items()}
     if not evaluates:
         logger.info("There are no held-out rows: nothing is evaluated")
         fixed |= {"eval_strategy": "no", "eval_on_start": False}
@@ -186,9 +182,10 @@ def build_trainer(
 
     cls = prepared.prepared(trainer_class(config["trainer"]["_target_"]))
     parts = _parts(cls, config, adapter, arguments, tokenizer, scoring)
-    name = trainer_name(config["trainer"]["_target_"])
-    loaded = [model, parts.get("ref_model")] if lm_head.compact_lm_head() else []
+    lm_head.compact_lm_head()
+    loaded, name = [model, parts.get("ref_model")], trainer_name(config["trainer"]["_target_"])
     sharing = prefix_sharing.share_prefixes(loaded, arguments, adapter, trainer=name)
+    written = [callbacks.MetricsWriter(run_dir), callbacks.RolloutSamples(run_dir)]
     try:
         trainer = cls(
             model=model,
@@ -196,12 +193,7 @@ def build_trainer(
             processing_class=tokenizer,
             train_dataset=train,
             eval_dataset=held_out,
-            callbacks=[
-                callbacks.MetricsWriter(run_dir),
-                callbacks.RolloutSamples(run_dir),
-                callbacks.Guards(),
-                callbacks.Progress(),
-            ],
+            callbacks=[*written, callbacks.Guards(), callbacks.Progress()],
             **parts,
         )
     except (ValueError, NotImplementedError) as error:
@@ -209,7 +201,7 @@ def build_trainer(
     engines.verify(trainer, config.get("launch") or {})
     refuse_leaks(trainer)
     lm_head.compact_pairs(trainer)
-    if adapter or arguments.fp16:
+    if (adapter or arguments.fp16) and getattr(arguments.deepspeed_plugin, "zero_stage", 0) != 3:  # it wants one dtype
         adapters.keep_float32(trainer.model)
     trainer.prefix_sharing = sharing
     trainer.remove_callback(PrinterCallback)  # Progress says it in one line
@@ -232,13 +224,13 @@ def _parts(
     if "reward_funcs" in asked:
         parts |= {"reward_funcs": scoring.functions, "reward_processing_classes": scoring.tokenizers}
         arguments.reward_weights = scoring.weights
-    if not adapter and getattr(arguments, "beta", None) and "ref_model" not in asked:
-        # what these trainers load again as their reference must be what the policy was
-        arguments.model_init_kwargs = {key: config["model"].get(key) for key in ("revision", "trust_remote_code")}
-        arguments.model_init_kwargs = {k: v for k, v in arguments.model_init_kwargs.items() if v} or None
     needs_reference = getattr(arguments, "needs_reference", not getattr(arguments, "precompute_ref_log_probs", False))
     if "ref_model" in asked and not adapter and needs_reference:
         parts["ref_model"], _ = load_model(trainer_name(config["trainer"]["_target_"]), tokenizer, config, arguments)
+    elif not adapter and getattr(arguments, "beta", None) and ("reward_funcs" in asked or arguments.fsdp):
+        # what these trainers load again as their reference must be what the policy was
+        again = {key: config["model"].get(key) for key in ("revision", "trust_remote_code")}
+        arguments.model_init_kwargs = {key: value for key, value in again.items() if value} or None
     if config.get("value_model"):
         parts["value_model"] = _load_value_model(config["value_model"], tokenizer)
     return parts
@@ -317,18 +309,17 @@ def add_samples(
         trainer.add_callback(samples)
 
 
-def train(trainer: Any, stopping: Any, run_dir: Path, *, resumed: Path | None) -> dict[str, float]:
+def train(trainer: Any, stopping: Any, *, resumed: Path | None) -> dict[str, float]:
     """Train to the end and return the metrics of the training.
 
     Args:
         trainer: The trainer.
         stopping: The ``preemption.Preemption`` that may end it.
-        run_dir: The run's directory.
         resumed: The checkpoint to go on from.
 
     Raises:
         RunPreempted: It was told to end, and has left a checkpoint.
-        RunStopped: The disk is full, or there are too few rows for a step.
+        RunStopped: There are too few rows for a step.
     """
     from transformers import TrainerState
 
@@ -338,10 +329,6 @@ def train(trainer: Any, stopping: Any, run_dir: Path, *, resumed: Path | None) -
         trainer._run_epoch = lambda **_: setattr(trainer.control, "should_training_stop", True)
     try:
         result = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if checkpoints.free_space(run_dir, error):
-            raise RunStopped(f"disk full: {error}. The checkpoints before stay: make room, then resume.") from error
-        raise
     except pickle.UnpicklingError as error:  # torch.load(weights_only=True) found more than tensors
         raise ConfigError(
             f"{resumed} cannot be resumed from: a file in it holds more than tensors and numbers, and to load it could "
@@ -386,16 +373,10 @@ def evaluate(trainer: Any) -> dict[str, float]:
     """Return the metrics on held-out rows at the end; what the last step computed already is not computed again."""
     if trainer.eval_dataset is None:
         return {}
-    done: dict[str, float] = {}
-    for entry in trainer.state.log_history:
-        if entry["step"] == trainer.state.global_step:
-            # the best checkpoint's weights are not those that were evaluated
-            done |= (
-                {}
-                if trainer.args.load_best_model_at_end
-                else {key: value for key, value in entry.items() if key.startswith("eval_")}
-            )
-    return done or trainer.evaluate()
+    if trainer.args.load_best_model_at_end:  # its weights are not those that were evaluated
+        return trainer.evaluate()
+    last = [entry for entry in trainer.state.log_history if entry["step"] == trainer.state.global_step]
+    return {k: v for entry in last for k, v in entry.items() if k.startswith("eval_")} or trainer.evaluate()
 
 
 def describe(trainer: Any) -> dict[str, Any]:
@@ -407,7 +388,7 @@ def describe(trainer: Any) -> dict[str, Any]:
         "parameters": sum(_size(p) for p in model.parameters()),
         "trainable_parameters": sum(_size(p) for p in model.parameters() if p.requires_grad),
         "rows": len(trainer.train_dataset),
-        "upstream_was_read": lm_head.knows_trl(),
+        "upstream_was_read": trainer_source.knows_trl(),
         "determinism": {
             **{key: getattr(trainer.args, key) for key in ("seed", "data_seed", "full_determinism")},
             "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
@@ -417,7 +398,7 @@ def describe(trainer: Any) -> dict[str, Any]:
             "attention": model.config._attn_implementation,
             "quantization": _quantization(model.config),
             "commit": getattr(model.config, "_commit_hash", None),
-            "sha256": models.digest_weights(Path(model.config._name_or_path)),
+            "sha256": models.digest_weights(models.folder_of(model.config)),
         },
     }
 

@@ -22,16 +22,13 @@ from typing import Any
 import yaml
 
 from runner import hardware, launch, lean, manifest, remote
-from runner.errors import ConfigError
+from runner.errors import MEMORY, ConfigError
 
 PRELOAD = ["runner.__main__", "runner.run", "runner.freeze", "trl", "peft", "datasets", "optuna", "pydantic",
            "matplotlib.figure", "matplotlib.backends.backend_agg", "runner.rehearsal"]  # fmt: skip
 LOG = "runner.log"
 GRACE = 30.0  # seconds from the wish that a trial should end to its kill
 warmed: list[Any] = []  # what the server was started with
-MEMORY = re.compile(
-    r"out of memory|can't allocate memory|MemoryError|OutOfMemory|Cannot allocate memory", re.IGNORECASE
-)
 DIVERGED = re.compile(r"(is|are) not finite|is (nan|inf|-inf) at step", re.IGNORECASE)
 
 

@@ -1,9 +1,10 @@
 import json
 
 import pytest
+import torch
 
 from runner import checkpoints
-from runner.errors import ConfigError
+from runner.errors import ConfigError, RunStopped
 
 
 def go_back(run_dir):
@@ -129,3 +130,11 @@ def test_a_full_disk_is_recognised_behind_other_words_and_unfinished_checkpoints
     assert checkpoints.free_space(tmp_path, error)
     assert good.exists()
     assert not bad.exists()
+
+
+def test_a_device_that_is_full_is_the_cause_with_what_takes_less(tmp_path):
+    with pytest.raises(RunStopped) as told, checkpoints.fitting(tmp_path):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1")
+    assert str(told.value).startswith("out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. Type a smaller")
+    with pytest.raises(RuntimeError, match="shapes"), checkpoints.fitting(tmp_path):
+        raise RuntimeError("shapes")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from runner import hardware
+from runner import engines, hardware, trainers
 from runner.hardware import (
     cores,
     describe,
@@ -14,13 +14,13 @@ from runner.hardware import (
 
 @pytest.fixture
 def cpu_only(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
 
 
 @pytest.fixture
 def cuda(monkeypatch):
     """A machine with a GPU; the test says whether it computes in bfloat16."""
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
 
     def with_bf16(native):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
@@ -127,3 +127,20 @@ def test_gpus_that_train_are_not_idle(cuda, tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     monkeypatch.setattr(hardware, "GPUS", tmp_path)
     assert hardware.idle_gpus() is None
+
+
+@pytest.mark.parametrize("planned", [None, 2])
+def test_a_process_trains_on_one_gpu_and_says_how_to_use_them_all(planned, cpu_only, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    node = {"_target_": "trl.SFTConfig", "use_cpu": False, "per_device_train_batch_size": 2}
+    arguments, _ = trainers.build_arguments(node, tmp_path, evaluates=False, planned=planned)
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 2)  # no DataParallel, which TRL refuses
+    assert ("1 of 4 GPUs trains. Type launch=ddp" in caplog.text) is (planned is None)
+
+
+def test_gradients_that_are_kept_on_the_cpu_get_a_group_of_processes_there(cuda, cpu_only, monkeypatch):
+    node = {"fsdp": {"cpu_offload": True}}
+    assert "ddp_backend" not in engines.fields(node)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    assert engines.fields(node)["ddp_backend"] == "cuda:nccl,cpu:gloo"
+    assert "ddp_backend" not in engines.fields({"fsdp": {"cpu_offload": False}})

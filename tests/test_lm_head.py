@@ -118,7 +118,7 @@ def test_it_is_replaced_once():
 @pytest.mark.parametrize("change", ["version", "name", "source"])
 def test_a_trl_that_was_not_read_keeps_its_own_way(monkeypatch, change):
     if change == "version":
-        monkeypatch.setattr("runner.lm_head.version", lambda name: "1.17.0")
+        monkeypatch.setattr("runner.trainer_source.version", lambda name: "1.17.0")
     elif change == "name":
         monkeypatch.delattr(utils, "_use_triton")
     else:
@@ -132,9 +132,10 @@ def test_a_trl_that_was_not_read_keeps_its_own_way(monkeypatch, change):
 def test_a_run_under_a_trl_that_was_not_read_learns_the_same_and_says_so(trainer, llama_dir, tmp_path, monkeypatch):
     known, _ = start(tmp_path, f"trainer={trainer}", f"model.name_or_path={llama_dir}", name="known")
     monkeypatch.setattr(utils, "_use_triton", chunked_logprob._use_triton)
-    monkeypatch.setattr("runner.lm_head.version", lambda name: "1.17.0")
+    monkeypatch.setattr("runner.trainer_source.version", lambda name: "1.17.0")
     unknown, _ = start(tmp_path, f"trainer={trainer}", f"model.name_or_path={llama_dir}", name="unknown")
     assert [manifest.read(run_dir)["upstream_was_read"] for run_dir in (known, unknown)] == [True, False]
+    assert "was not compared" in manifest.read(unknown)["speed"]["prefix_sharing"]["refused"]
     losses = [[line["loss"] for line in lines(run_dir) if "loss" in line] for run_dir in (known, unknown)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 

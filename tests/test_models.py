@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from runner.models import (
     PLAIN_TEMPLATE,
     digest_weights,
     fit_embedding,
+    folder_of,
     load_classifier,
     load_policy,
     load_tokenizer,
@@ -469,3 +471,12 @@ def test_the_digest_of_weights_is_the_same_whether_it_is_known_or_read(tmp_path,
     assert digest_weights(tmp_path / "hub") == digest
     (built / "model.safetensors").write_bytes(b"two")
     assert digest_weights(built) not in (None, digest)
+
+
+def test_the_weights_of_a_model_from_the_hub_are_in_its_cache(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert folder_of(SimpleNamespace(_name_or_path="some/model", _commit_hash="abc")) == snapshot
+    assert folder_of(SimpleNamespace(_name_or_path="/some/where/model", _commit_hash=None)) == Path("/some/where/model")

@@ -6,7 +6,7 @@ import trl
 from datasets import config
 from tiny import TEMPLATE, tiny_tokenizer
 
-from runner import encoding, lm_head
+from runner import encoding, trainer_source
 from runner.data import Splits
 from runner.encoding import encode
 from runner.prepared import choose_rows, prepared
@@ -178,7 +178,7 @@ def test_without_a_place_for_them_ids_are_in_memory(monkeypatch, tmp_path, caplo
 @pytest.mark.parametrize("reason", ["trainer.assistant_only_loss", "version"])
 def test_where_trl_would_encode_otherwise_it_prepares_the_rows(reason, monkeypatch, caplog):
     if reason == "version":
-        monkeypatch.setattr(lm_head, "VERSIONS", ("1.15",))
+        monkeypatch.setattr(trainer_source, "VERSIONS", ("1.15",))
     caplog.set_level(logging.INFO)
     rows = table("SFT", [{"text": "theirs"}])
     splits, _ = fit_splits(

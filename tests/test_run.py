@@ -5,6 +5,8 @@ import math
 import os
 import re
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from runner.__main__ import write_run
 from runner.config import option_names
 from runner.errors import ConfigError, RunStopped
 from runner.prefix_sharing import TRAINERS
-from runner.run import run
+from runner.run import publish, run
 
 SMALL = [
     "dataset.train_rows=16",
@@ -77,7 +79,7 @@ def test_every_trainer_trains_saves_and_reloads(trainer, peft, kind, request, tm
     base = request.getfixturevalue(kind)
     run_dir, metrics = start(
         tmp_path, f"trainer={trainer}", f"model.name_or_path={base}", f"peft={peft}", "trainer.learning_rate=1e-2",
-        *extras(trainer),
+        "model.trust_remote_code=true", *extras(trainer),
     )  # fmt: skip
     assert len(losses(run_dir)) == 2
     assert all(math.isfinite(loss) for loss in losses(run_dir))
@@ -116,6 +118,15 @@ def test_lora_leaves_the_base_as_it_was(llama_dir, tmp_path):
     run_dir, _ = start(tmp_path, f"model.name_or_path={llama_dir}", "trainer.learning_rate=1e-2")
     assert (llama_dir / "model.safetensors").read_bytes() == before
     assert all("lora" in key for key in load_file(run_dir / "model" / "adapter_model.safetensors"))
+
+
+@pytest.mark.slow
+def test_wandb_is_told_of_the_end_since_ranks_and_trials_end_without_exit_handlers(llama_dir, tmp_path, monkeypatch):
+    run_dir, _ = start(tmp_path, f"model.name_or_path={llama_dir}")
+    told = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=SimpleNamespace(finish=lambda: told.append(True))))
+    publish(run_dir, SimpleNamespace(args=SimpleNamespace(push_to_hub=False)))
+    assert told == [True]
 
 
 @pytest.mark.slow
