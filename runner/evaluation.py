@@ -17,7 +17,6 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from runner import sampling
-from runner.errors import ConfigError
 
 Row = dict[str, Any]
 
@@ -51,7 +50,8 @@ class Samples(TrainerCallback):
         run_dir: Gets a line in samples.jsonl for every prompt and evaluation.
         rows: What ``held_out`` returns; columns beyond ``prompt`` and ``reference`` go to the scores.
         tokenizer: With a chat template, where prompts are messages.
-        scores: Functions as reward functions are: ``function(completions=..., prompts=..., **columns)``.
+        scores: Functions as reward functions are: ``function(completions=..., prompts=..., **columns)`` gives a finite
+            number, or None, for each completion, as ``rewards.Scorer`` sees to.
         max_new_tokens: Most tokens of an answer.
         batch_size: Prompts that are answered at a time.
         log: Gets the means, for example ``trainer.log``.
@@ -115,8 +115,8 @@ class Samples(TrainerCallback):
         sizes = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
         with untouched_random_state():  # a score may draw, and so may a model's own code
             answers = generate(model, self.tokenizer, ids, stop_token=stop_token, **sizes)
-            texts = [answer.text for answer in answers]
-            scored = {name: _score(name, function, rows, texts) for name, function in self.scores.items()}
+            arguments = sampling.reward_arguments(rows, [answer.text for answer in answers], {})
+            scored = {name: list(function(**arguments)) for name, function in self.scores.items()}
         self._write(step, rows, answers, scored)
         cut = sum(not answer.ended for answer in answers)
         note = f", {cut} answers cut at samples.max_new_tokens={self.max_new_tokens}" if cut else ""
@@ -208,28 +208,6 @@ def _text(answer: Any) -> str | None:
         last = answer[-1] if answer else None
         return str(last.get("content") or "") if isinstance(last, dict) else last and " | ".join(map(str, answer))
     return None if answer is None else str(answer)
-
-
-def _score(
-    name: str, function: Callable[..., Sequence[float | None]], rows: list[Row], answers: list[str]
-) -> list[float | None]:
-    """Return one score per answer; None for what is no finite number."""
-    columns = {key for row in rows for key in row} - {"prompt", "completion", "prompts", "completions"}
-    completions = [
-        answer if isinstance(row["prompt"], str) else [{"role": "assistant", "content": answer}]
-        for row, answer in zip(rows, answers, strict=True)
-    ]
-    values = function(
-        prompts=[row["prompt"] for row in rows],
-        completions=completions,
-        **{column: [row.get(column) for row in rows] for column in columns},
-    )
-    if len(values) != len(rows):
-        raise ConfigError(
-            f"the score {name} cannot be used: it returned {len(values)} values for {len(rows)} completions. "
-            "Return a list with one number (or null) for each completion."
-        )
-    return [float(v) if v is not None and math.isfinite(v) else None for v in values]
 
 
 def _mean(values: list[float | None]) -> float | None:

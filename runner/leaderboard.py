@@ -60,35 +60,37 @@ def last_values(run_dir: Path, names: list[str]) -> tuple[dict[str, float | None
 
 def rank(rows: list[Row], objectives: list[str], directions: list[str]) -> list[Row]:
     """Return rows from best to worst: completed ones by their objectives, then pruned ones, then the others."""
-    signs = [1 if direction == "minimize" else -1 for direction in directions]
+    order, aims = ["completed", "pruned", "running", "preempted"], dict(zip(objectives, directions, strict=True))
 
     def merit(row: Row) -> tuple[Any, ...]:
-        values = [row.values.get(name) for name in objectives]
-        order = ["completed", "pruned", "running", "preempted"]
         place = order.index(row.status) if row.status in order else len(order)
-        scored = [math.inf if v is None else sign * v for sign, v in zip(signs, values, strict=True)]
-        return place, sum(_dominates(other, row, objectives, signs) for other in rows), scored, row.number
+        return place, sum(_dominates(other, row, aims) for other in rows), _costs(row, aims), row.number
 
     return sorted(rows, key=merit)
 
 
 def front(rows: list[Row], objectives: list[str], directions: list[str]) -> list[Row]:
     """Return the completed trials than which none is better in all objectives: one, or a Pareto front."""
-    signs = [1 if direction == "minimize" else -1 for direction in directions]
-    ranked = [row for row in rank(rows, objectives, directions) if _scored(row, objectives)]
-    best = [row for row in ranked if not any(_dominates(other, row, objectives, signs) for other in ranked)]
+    aims = dict(zip(objectives, directions, strict=True))
+    ranked = [row for row in rank(rows, objectives, directions) if _scored(row, aims)]
+    best = [row for row in ranked if not any(_dominates(other, row, aims) for other in ranked)]
     return best if len(objectives) > 1 else best[:1]
 
 
-def _scored(row: Row, objectives: list[str]) -> bool:
-    return row.status == "completed" and all(row.values.get(name) is not None for name in objectives)
+def _scored(row: Row, aims: dict[str, str]) -> bool:
+    return row.status == "completed" and all(row.values.get(name) is not None for name in aims)
 
 
-def _dominates(one: Row, other: Row, objectives: list[str], signs: list[int]) -> bool:
-    if not (_scored(one, objectives) and _scored(other, objectives)):
-        return False
-    pairs = [(s * (one.values[n] or 0), s * (other.values[n] or 0)) for n, s in zip(objectives, signs, strict=True)]
-    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+def _costs(row: Row, aims: dict[str, str]) -> list[float]:
+    """Return a row's objectives so that less is better, and none at all worst."""
+    values = [(row.values.get(name), 1 if aim == "minimize" else -1) for name, aim in aims.items()]
+    return [math.inf if value is None else sign * value for value, sign in values]
+
+
+def _dominates(one: Row, other: Row, aims: dict[str, str]) -> bool:
+    pairs = list(zip(_costs(one, aims), _costs(other, aims), strict=True))
+    better = all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+    return better and _scored(one, aims) and _scored(other, aims)
 
 
 def table(rows: list[Row], objectives: list[str]) -> str:

@@ -109,24 +109,6 @@ def update_moments(moments: Moments, x: Tensor) -> Moments:
 # ---- from scores to advantages --------------------------------------------------------------------------------
 
 
-def until_stop(ids: Tensor, lengths: Tensor, stop_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Find where each completion ends: with its first stop token, which belongs to it, or with its last token.
-
-    Args:
-        ids: (B, T) tokens, with anything after the length.
-        lengths: (B,) tokens that were generated.
-        stop_ids: Tokens that end a completion.
-
-    Returns:
-        mask (B, T), and (B,) True where a stop token came.
-    """
-    position = torch.arange(ids.size(1), device=ids.device)
-    real = position < lengths[:, None]
-    stops = torch.isin(ids, torch.tensor(list(stop_ids), dtype=ids.dtype, device=ids.device)) & real
-    before = stops.cumsum(1) - stops.long()  # stop tokens to the left
-    return real & (before == 0), stops.any(1)
-
-
 def shape_scores(
     scores: Tensor,
     ended: Tensor,

@@ -190,11 +190,8 @@ class _Chooser(LogitsProcessor):
 
 def cut_at_stop(completions: list[list[int]], stop_ids: list[int]) -> list[tuple[list[int], bool]]:
     """Return each completion up to and with its first stop token, and whether it has one."""
-    width = max([1, *map(len, completions)])
-    ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in completions])
-    mask, ended = rl_math.until_stop(ids, torch.tensor([len(tokens) for tokens in completions]), stop_ids)
-    lengths = mask.sum(1).tolist()
-    return [(tokens[:n], end) for tokens, n, end in zip(completions, lengths, ended.tolist(), strict=True)]
+    ends = [next((n for n, token in enumerate(tokens, 1) if token in stop_ids), None) for tokens in completions]
+    return [(tokens[:end], end is not None) for tokens, end in zip(completions, ends, strict=True)]
 
 
 # ---- scoring ------------------------------------------------------------------------------------------------------
@@ -248,6 +245,24 @@ def prepare_rewards(
     return rewards
 
 
+def reward_arguments(rows: list[Row], texts: list[str], known: Row) -> Row:
+    """Return what reward functions are called with: the completions as the prompts are, texts or messages.
+
+    Args:
+        rows: With ``prompt``, and columns that are handed on.
+        texts: A completion to each.
+        known: More arguments, which go before columns of their names.
+    """
+    prompts = [row["prompt"] for row in rows]
+    completions = [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    columns = {key for row in rows for key in row} - {"prompt", "completion"}
+    given = {column: [row.get(column) for row in rows] for column in columns}
+    return given | {"prompts": prompts, "completions": completions} | known
+
+
 def score(rewards: list[Reward], rows: list[Row], episodes: list[Episode], *, batch_size: int, known: Row) -> None:
     """Add the rewards to some episodes.
 
@@ -262,14 +277,9 @@ def score(rewards: list[Reward], rows: list[Row], episodes: list[Episode], *, ba
     Raises:
         ConfigError: A function returned something else than a number, or None, for each completion.
     """
-    prompts = [row["prompt"] for row in rows]
-    completions = [
-        one.text if isinstance(prompt, str) else [{"role": "assistant", "content": one.text}]
-        for prompt, one in zip(prompts, episodes, strict=True)
-    ]
-    own = {"prompts": prompts, "completions": completions, "completion_ids": [one.completion for one in episodes]}
-    columns = {key for row in rows for key in row} - {"prompt", "completion"} - own.keys() - known.keys()
-    arguments = own | known | {column: [row.get(column) for row in rows] for column in columns}
+    ids = {"completion_ids": [one.completion for one in episodes]}
+    arguments = reward_arguments(rows, [one.text for one in episodes], ids | known)
+    prompts, completions = arguments["prompts"], arguments["completions"]
     found = []
     for reward in rewards:
         if isinstance(reward.function, nn.Module):

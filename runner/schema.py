@@ -120,13 +120,16 @@ class Root:
 
 
 # Numbers that none of the libraries refuses, or only once the weights are loaded.
-LEAST = {"max_seconds": 0.001, "trainer.temperature": 0.001} | dict.fromkeys(
-    ["seed", "samples.rows", "trainer.learning_rate", "trainer.weight_decay", "trainer.max_grad_norm",
-     "trainer.warmup_steps", "trainer.dataloader_num_workers", "trainer.beta", "trainer.desirable_weight",
-     "trainer.undesirable_weight", "peft.lora_dropout"], 0) | dict.fromkeys(
+LEAST = dict.fromkeys(["max_seconds", "trainer.temperature", "search.timeout", "search.trial_timeout"], 0.001)
+LEAST |= dict.fromkeys(
+    ["seed", "search.seed", "search.retries", "samples.rows", "trainer.learning_rate", "trainer.weight_decay",
+     "trainer.max_grad_norm", "trainer.warmup_steps", "trainer.dataloader_num_workers", "trainer.beta",
+     "trainer.desirable_weight", "trainer.undesirable_weight", "peft.lora_dropout"], 0) | dict.fromkeys(
     ["global_batch_size", "launch.processes", "launch.nodes", "samples.max_new_tokens", "samples.batch_size",
+     "search.n_trials", "search.n_jobs", "search.gpus_per_trial", "search.stop_after_failures", "peft.r",
      "trainer.per_device_train_batch_size", "trainer.per_device_eval_batch_size", "trainer.max_length",
-     "trainer.gradient_accumulation_steps", "trainer.max_completion_length", "peft.r"], 1)  # fmt: skip
+     "trainer.gradient_accumulation_steps", "trainer.max_completion_length", "trainer.max_prompt_length",
+     "trainer.total_episodes"], 1)  # fmt: skip
 
 # The groups whose keys are our own. The last two need not be there.
 GROUPS = {

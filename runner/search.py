@@ -10,11 +10,10 @@ from typing import Any
 
 from runner import compose, lean, remote, schema, trainer_source
 from runner.compose import Composed
-from runner.config import option_names
+from runner.config import flat, option_names
 from runner.errors import ConfigError
 from runner.journal import JOURNAL
 from runner.redaction import scrub
-from runner.resume import flat
 from runner.safety import RUN_CODE
 
 NEEDS = {"cmaes": ("cmaes", "scipy"), "gp": ("scipy",), "qmc": ("scipy",)}
@@ -275,10 +274,6 @@ def _refuse(plan: Plan, cells: list[Composed]) -> None:
         faults.append(
             f"search={search.sampler} needs {' and '.join(missing)}: pip install 'runner[search]', or type search=tpe."
         )
-    for name in ("n_trials", "n_jobs", "gpus_per_trial", "timeout", "trial_timeout", "stop_after_failures"):
-        value = getattr(search, name)
-        if value is not None and value <= 0:
-            faults.append(f"search.{name} must be above 0, found {value}.")
     if len(plan.directions) != len(plan.objectives):
         faults.append(f"search.direction has {len(plan.directions)} directions for {len(plan.objectives)} objectives.")
     if len(plan.objectives) > 1 and (search.pruner != "none" or search.sampler == "cmaes"):

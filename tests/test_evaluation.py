@@ -8,8 +8,9 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from runner.callbacks import MetricsWriter
-from runner.errors import ConfigError
+from runner.errors import RunStopped
 from runner.evaluation import Samples, generate, held_out, untouched_random_state
+from runner.rewards import Scorer
 
 USER, RIGHT, WRONG = ({"role": r, "content": c} for r, c in [("user", "1+1"), ("assistant", "2"), ("assistant", "3")])
 PROMPTS = ["the rest is here", "in", "on and on", "a"]
@@ -158,11 +159,11 @@ def test_samples_are_written_scored_and_averaged(tokenizer, model, tmp_path):
         assert "completion" not in columns
         return [1.0, None]
 
-    def broken(completions, **columns):
-        return [float("nan")] * len(completions)
+    def silent(completions, **columns):
+        return [None] * len(completions)
 
     rows = held_out([{"prompt": "in", "answer": "x"}, {"prompt": "on", "completion": "y"}], 2)
-    scores = {"length": length, "shared": shared, "broken": broken}
+    scores = {"length": length, "shared": shared, "silent": silent}
     samples = Samples(tmp_path, rows, tokenizer, scores, max_new_tokens=5, batch_size=1)
     means = samples.measure(model, step=7)
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
@@ -172,7 +173,7 @@ def test_samples_are_written_scored_and_averaged(tokenizer, model, tmp_path):
     ]
     assert not any(line["ended"] for line in lines)  # all were cut at the limit
     sizes = [len(line["completion"]) for line in lines]
-    assert lines[0]["scores"] == {"length": sizes[0], "shared": 1.0, "broken": None}
+    assert lines[0]["scores"] == {"length": sizes[0], "shared": 1.0, "silent": None}
     assert means == {"eval_length": sum(sizes) / 2, "eval_shared": 1.0}
 
 
@@ -199,12 +200,13 @@ def test_a_prompt_that_leaves_no_room_is_passed_over_and_counted(tokenizer, mode
     assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_score_that_miscounts_is_refused(tokenizer, model, tmp_path):
-    samples = Samples(
-        tmp_path, [{"prompt": "a"}], tokenizer, {"odd": lambda completions, **_: [1.0, 2.0]}, max_new_tokens=2
-    )
-    with pytest.raises(ConfigError, match="the score odd cannot be used: it returned 2 values for 1 completions"):
-        samples.measure(model, step=0)
+@pytest.mark.parametrize(
+    ("values", "answer"), [([1.0, 2.0], "it gave 2 values for 1 completions"), ([float("nan")], "it gave nan")]
+)
+def test_a_score_without_a_number_for_each_answer_ends_the_run(tokenizer, model, tmp_path, values, answer):
+    odd = Scorer(lambda completions, **_: values, name="odd", options={})
+    with pytest.raises(RunStopped, match=f"The reward odd failed: {answer}"):
+        Samples(tmp_path, [{"prompt": "a"}], tokenizer, {"odd": odd}, max_new_tokens=2).measure(model, step=0)
 
 
 def train(tokenizer, folder, *, sampled):

@@ -8,10 +8,9 @@ from test_run import extras, start
 
 from runner import compose, manifest
 from runner.__main__ import write_run
-from runner.config import CONF
+from runner.config import CONF, flat
 from runner.errors import ConfigError
 from runner.freeze import freeze, unexpected
-from runner.resume import flat
 
 
 @pytest.fixture

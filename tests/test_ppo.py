@@ -388,6 +388,12 @@ def test_a_completion_does_not_depend_on_the_rows_beside_it():
     assert sampling.sample(model, asked, [9, 9, 9, 9, 9], **settings()) != together
 
 
+def test_a_completion_ends_with_its_first_stop_token():
+    # cut after 2; no stop token; stops at once; 9 stops, before the 2; there is nothing
+    cut = sampling.cut_at_stop([[5, 2, 7, 2], [5, 6, 7, 8], [2, 5, 5], [5, 9, 6, 2], []], [2, 9])
+    assert cut == [([5, 2], True), ([5, 6, 7, 8], False), ([2], True), ([5, 9], True), ([], False)]
+
+
 def test_completions_are_drawn_from_the_models_distribution():
     # one prompt, 4000 seeds, first token: the shares are the probabilities to within a few standard errors
     model, count = tiny_model("llama", tiny_tokenizer()), 4000

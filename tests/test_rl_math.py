@@ -271,19 +271,6 @@ def test_weights_of_an_aggregation_leave_out_a_row_without_tokens(aggregation, e
     torch.testing.assert_close(weights, torch.tensor([*expected, [0.0, 0.0, 0.0]]))
 
 
-def test_a_completion_ends_with_its_first_stop_token():
-    ids = torch.tensor([[5, 2, 7, 2], [5, 6, 7, 8], [2, 5, 5, 5], [5, 9, 6, 2]])
-    mask, ended = rl_math.until_stop(ids, torch.tensor([4, 4, 1, 2]), [2, 9])
-    # cut after 2; no stop token; stops at once; 9 stops, and the 2 is beyond the length
-    assert mask.sum(1).tolist() == [2, 4, 1, 2]
-    assert ended.tolist() == [True, False, True, True]
-
-
-def test_a_stop_token_beyond_the_length_does_not_end_a_completion():
-    mask, ended = rl_math.until_stop(torch.tensor([[5, 6, 2]]), torch.tensor([2]), [2])
-    assert (mask.sum().item(), ended.item()) == (2, False)
-
-
 def test_a_score_goes_to_the_last_token_or_to_the_column_after_it():
     # lengths 2, 3 (full) and 0, of 3 columns
     scores, mask = torch.tensor([5.0, 7.0, 9.0]), yes(2, 3, 0, width=3)

@@ -17,10 +17,9 @@ from test_compose import write_recipe
 from test_run import BATCH, QUICK, SMALL, lines
 
 from runner import compose, journal, leaderboard, manifest, search, sweep, trials
-from runner.config import option_names
+from runner.config import flat, option_names
 from runner.errors import ConfigError
 from runner.leaderboard import Row
-from runner.resume import flat
 from runner.run import run as train
 
 KILLS = 4  # of one sweep, at random moments
@@ -127,7 +126,9 @@ def test_a_trial_is_the_run_that_its_check_composed():
         (["seed=1,2", "search.objective=[eval_loss,loss]", "search.direction=[minimize]"], "1 directions for 2"),
         (["seed=1,2", "search.objective=[eval_loss,loss]", "search.pruner=asha"], "by one objective"),
         (["search=tpe", "seed=1,2", "search.pruner=asha"], "trainer.eval_strategy=steps"),
-        (["seed=1,2", "search.n_jobs=0"], "above 0"),
+        (["seed=1,2", "search.n_jobs=0"], "search.n_jobs=0 must be at least 1"),
+        (["seed=1,2", "search.retries=-1"], "search.retries=-1 must be at least 0"),
+        (["seed=1,2", "search.trial_timeout=0"], "search.trial_timeout=0 must be at least 0.001"),
         (["seed=1,2", "search.resume=no/such"], "holds no sweep"),
     ],
 )  # fmt: skip
