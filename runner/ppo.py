@@ -26,6 +26,10 @@ from runner.roles import build_actor_critic, check_vocabulary, initial_value_mod
 from runner.rollout import Engine, Notes, Rollout, RolloutMaker, about, permutation, total_rewards
 
 CLIPPING = ("cliprange_low", "cliprange_high", "dual_clip", "log_ratio_clamp")
+# Options in whole numbers from 1 on, and those that are above 0, where they are not null.
+COUNTS = ("num_ppo_epochs", "num_mini_batches", "total_episodes", "max_prompt_length", "max_completion_length",
+          "rollout_forward_batch_size", "kl_horizon")  # fmt: skip
+ABOVE_ZERO = ("temperature", "log_ratio_clamp", "cliprange_high", "cliprange_value")
 RATIO_SQUARED = "val/ratio_squared"  # is logged as the ratio's variance
 SHARDED = (
     "trainer=ppo cannot shard a model: its layers are run under one adapter after the other. It runs in one process or "
@@ -104,21 +108,17 @@ class PPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check ranges, log once per rollout unless told otherwise, and turn episodes into steps."""
+        known = {name: value for name, value in vars(self).items() if value is not None}
+        clip = known.get("score_clip", [0, 1])
         ranges = {
-            "num_ppo_epochs": self.num_ppo_epochs >= 1,
-            "num_mini_batches": self.num_mini_batches >= 1,
-            "max_completion_length": self.max_completion_length >= 1,
-            "rollout_forward_batch_size": self.rollout_forward_batch_size >= 1,
-            "temperature (above 0)": self.temperature > 0,
-            "gamma (0 to 1)": 0 <= self.gamma <= 1,
-            "lam (0 to 1)": 0 <= self.lam <= 1,
-            "lam_value (0 to 1)": self.lam_value is None or 0 <= self.lam_value <= 1,
+            **{f"{name} (at least 1)": known.get(name, 1) >= 1 for name in COUNTS},
+            **{f"{name} (above 0)": known.get(name, 1) > 0 for name in ABOVE_ZERO},
+            **{f"{name} (0 to 1)": 0 <= known.get(name, 1) <= 1 for name in ("gamma", "lam", "lam_value")},
             "kl_coef (at least 0)": self.kl_coef >= 0,
             "target_kl (above 0, with kl_coef above 0)": self.target_kl is None or (self.target_kl > 0 < self.kl_coef),
             "cliprange_low (0 to 1)": 0 < self.cliprange_low <= 1,
-            "cliprange_high (above 0)": self.cliprange_high > 0,
             "dual_clip (above 1)": self.dual_clip is None or self.dual_clip > 1,
-            "score_clip ([lowest, highest])": self.score_clip is None or len(self.score_clip) == 2,
+            "score_clip ([lowest, highest])": len(clip) == 2 and clip[0] < clip[1],
         }
         if wrong := [name for name, right in ranges.items() if not right]:
             raise ConfigError(
@@ -133,11 +133,8 @@ class PPOConfig(TrainingArguments):
         super().__post_init__()
         if self.total_episodes and self.max_steps <= 0:
             self.max_steps = math.ceil(self.total_episodes / self.rollout_rows) * self.steps_per_rollout
-            logger.info(
-                "%d episodes are %d optimizer steps; num_train_epochs does not count",
-                self.total_episodes,
-                self.max_steps,
-            )
+            told = "%d episodes are %d optimizer steps; num_train_epochs does not count"
+            logger.info(told, self.total_episodes, self.max_steps)
 
     @property
     def steps_per_rollout(self) -> int:
@@ -434,11 +431,8 @@ class PPOTrainer(Trainer):
         if "policy_loss" in found:
             self.notes.record("loss/policy_avg", found["policy_loss"])
             self.notes.record("policy/clipfrac_avg", found["clipped"], found["weighted"])
-            for name, key in (
-                ("policy/approxkl_avg", "approxkl"),
-                ("val/ratio", "ratio"),
-                (RATIO_SQUARED, "ratio_squared"),
-            ):
+            means = {"policy/approxkl_avg": "approxkl", "val/ratio": "ratio", RATIO_SQUARED: "ratio_squared"}
+            for name, key in means.items():
                 self.notes.record(name, found[key], found["tokens"])
             off = (2 * found["approxkl"] / max(1.0, found["tokens"])) ** 0.5
             if first and off > (0.02 if self.args.mixed_precision == "no" else 0.2):

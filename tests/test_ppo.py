@@ -928,10 +928,15 @@ def test_a_reward_that_is_no_number_for_each_completion_is_refused(tmp_path):
 
 
 def test_options_out_of_range_are_refused_all_at_once():
+    wrong = {"gamma": 1.5, "dual_clip": 0.5, "target_kl": 1.0, "kl_coef": 0.0, "temperature": 0.0, "kl_horizon": 0,
+             "score_clip": [5.0, -5.0], "log_ratio_clamp": -1.0, "cliprange_value": -0.2, "total_episodes": -640,
+             "max_prompt_length": 0}  # fmt: skip
     with pytest.raises(ConfigError) as refusal:
-        PPOConfig(output_dir="x", use_cpu=True, gamma=1.5, dual_clip=0.5, target_kl=1.0, kl_coef=0.0, temperature=0.0)
-    for name in ("gamma", "dual_clip", "target_kl", "temperature"):
-        assert name in str(refusal.value)
+        PPOConfig(output_dir="x", use_cpu=True, **wrong)
+    for name in wrong.keys() - {"kl_coef"}:  # which may be 0, but not with target_kl
+        assert f"{name} (" in str(refusal.value)
+    off = dict.fromkeys(["target_kl", "score_clip", "log_ratio_clamp", "cliprange_value", "total_episodes"])
+    assert PPOConfig(output_dir="x", use_cpu=True, **off).cliprange_value is None
 
 
 # ---- several processes --------------------------------------------------------------------------------------------
