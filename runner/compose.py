@@ -3,6 +3,7 @@
 import difflib
 import itertools
 import re
+import shlex
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,13 @@ def parse_arguments(argv: list[str]) -> Namespace:
 def places(arguments: Namespace) -> dict[str, Any]:
     """Return where a parsed command line has its options from, as ``compose`` takes it."""
     return {"config_dir": arguments.config_dir, "config_name": arguments.config_name or "config"}
+
+
+def pasted(words: list[str], config_dir: str | None = None, config_name: str = "config") -> str:
+    """Return a command as it is typed, with where it has its options from."""
+    options = [f"--config-dir={config_dir}"] if config_dir else []
+    options += [f"--config-name={config_name}"] if config_name != "config" else []
+    return shlex.join(["python", "-m", "runner", *options, *words])
 
 
 def rewrite_overrides(overrides: list[str]) -> list[str]:

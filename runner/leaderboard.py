@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import math
-import shlex
 import sys
 import tempfile
 import warnings
@@ -99,12 +98,11 @@ def table(rows: list[Row], objectives: list[str]) -> str:
     cells = [["rank", "status", *objectives, *keys, "steps", "time", "directory", "cause"]]
     for place, row in enumerate(rows, 1):
         values = [number(row.values.get(name)) for name in objectives]
-        swept = [_short(row.swept.get(key)) for key in keys]
-        ranked = str(place) if row.status == "completed" else "-"
+        swept = [number(v) if isinstance(v, float) else str(v) for v in map(row.swept.get, keys)]
+        ranked = [str(place) if row.status == "completed" else "-", row.status]
         cause = row.cause.replace("\n", " ")
         cause = cause if len(cause) <= WIDE else cause[: WIDE - 3] + "..."
-        where = row.directory.name
-        cells.append([ranked, row.status, *values, *swept, str(row.steps), clock(row.seconds), where, cause])
+        cells.append([*ranked, *values, *swept, str(row.steps), clock(row.seconds), row.directory.name, cause])
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
@@ -132,19 +130,18 @@ def write(directory: Path, rows: list[Row], about: dict[str, Any]) -> None:
     lines.writerow(["rank", "number", "status", *names, *keys, "steps", "seconds", "directory", "cause"])
     for place, row in enumerate(rows, 1):
         told = [row.values.get(n) for n in names] + [row.swept.get(k) for k in keys]
-        ranked = place if row.status == "completed" else ""
         end = [row.steps, round(row.seconds, 1), row.directory.name, row.cause]
-        lines.writerow([ranked, row.number, row.status, *told, *end])
+        lines.writerow([place if row.status == "completed" else "", row.number, row.status, *told, *end])
     disk.write(directory / "leaderboard.csv", text.getvalue())
 
 
-def write_best(directory: Path, best: Row) -> str | None:
+def write_best(directory: Path, best: Row, config_dir: str | None) -> str | None:
     """Write best.yaml, a recipe that composes to the best trial's config; return why not, if it cannot be."""
+    name = "best_of_a_sweep"  # a recipe that was named best may be there already
     with tempfile.TemporaryDirectory(dir=directory) as folder:
-        recipes = Path(folder) / "experiment"
-        recipes.mkdir()
         try:
-            text = freeze(best.directory, "best", recipes).read_text(encoding="utf-8")
+            path = freeze(best.directory, name, Path(folder) / "experiment", config_dir=config_dir)
+            text = path.read_text(encoding="utf-8").replace(name, "best")
         except ConfigError as error:
             return str(error)
     disk.write(directory / "best.yaml", text)
@@ -182,12 +179,3 @@ def clock(seconds: float) -> str:
     """Return a duration as a clock shows it: ``0:08``, ``2:05:00``."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
-
-
-def pasted(words: list[str]) -> str:
-    """Return a command as it is typed."""
-    return shlex.join(["python", "-m", "runner", *words])
-
-
-def _short(value: Any) -> str:
-    return number(value) if isinstance(value, float) else str(value)

@@ -309,12 +309,12 @@ class Sweep:
         for row in best:
             say(f"{'best' if len(best) == 1 else 'on the front'}: trial {row.number}")
             words = [text.removeprefix("++") for text in (*plan.fixed, *self.point(row.number))]
-            say("  " + leaderboard.pasted(words))
+            say("  " + compose.pasted(words, **plan.where))
         if isinstance(weights, dict):
             say("matters: " + ", ".join(f"{key} {share:.2f}" for key, share in weights.items()))
         else:
             say(weights)
-        if best and (why := leaderboard.write_best(self.directory, best[0])):
+        if best and (why := leaderboard.write_best(self.directory, best[0], plan.where.get("config_dir"))):
             say(f"best.yaml cannot be written: {why}")
         say(f"{self.directory}: leaderboard.csv, sweep.json{', best.yaml' * bool(best)}")
         if self.fault:
@@ -324,7 +324,8 @@ class Sweep:
         if unfinished or self.signal or len(rows) < plan.trials:
             words = [text for text in self.arguments if not text.lstrip("+").startswith("search.resume")]
             words = [text.removeprefix("++") for text in words]
-            say("go on with: " + leaderboard.pasted(["-m", *words, f"search.resume={self.directory}"]))
+            words = ["-m", *words, f"search.resume={self.directory}"]
+            say("go on with: " + compose.pasted(words, **plan.where))
         if self.signal:
             return 128 + self.signal
         return int(failures == len(rows) or (failures > 0 and plan.search.fail == "any"))

@@ -6,11 +6,12 @@ import yaml
 from commands import run as command
 from test_run import extras, start
 
-from runner import compose, manifest
+from runner import compose, leaderboard, manifest
 from runner.__main__ import write_run
 from runner.config import CONF, flat
 from runner.errors import ConfigError
 from runner.freeze import freeze, unexpected
+from runner.leaderboard import Row
 
 
 @pytest.fixture
@@ -21,8 +22,8 @@ def conf(tmp_path, monkeypatch):
     return copy
 
 
-def made(tmp_path, *overrides):
-    composed = compose.compose([*overrides, f"output_dir={tmp_path / 'run'}"])
+def made(tmp_path, *overrides, **where):
+    composed = compose.compose([*overrides, f"output_dir={tmp_path / 'run'}"], **where)
     run_dir = compose.claim(composed.run_dir)
     write_run(run_dir, composed.config, composed.choices, list(overrides))
     return run_dir
@@ -56,6 +57,39 @@ def test_what_a_recipe_cannot_say_is_refused_and_leaves_no_file(tmp_path, conf):
     with pytest.raises(ConfigError, match="no recipe can say"):
         freeze(run_dir, "mine", conf / "experiment")
     assert not (conf / "experiment" / "mine.yaml").exists()
+
+
+def test_a_run_of_a_persons_own_options_is_frozen_beside_them_and_in_its_sweep(tmp_path):
+    mine = tmp_path / "mine"
+    (mine / "trainer").mkdir(parents=True)
+    (mine / "trainer" / "gentle.yaml").write_text("defaults:\n  - sft\n  - _self_\nlearning_rate: 1.0e-6\n")
+    run_dir = made(tmp_path, "trainer=gentle", "seed=7", config_dir=str(mine))
+    path = freeze(run_dir, "tried", config_dir=str(mine))
+    assert path == mine / "experiment" / "tried.yaml"
+    assert f"# python -m runner --config-dir={mine} experiment=tried" in path.read_text()
+    again = compose.compose(["experiment=tried"], config_dir=str(mine)).config
+    assert (again["seed"], again["trainer"]["learning_rate"]) == (7, 1e-6)
+    with pytest.raises(ConfigError, match="exists already"):
+        freeze(run_dir, "article_sft", config_dir=str(mine))  # which would go before it
+    row = Row(0, "completed", "", {}, {}, 1, 1.0, run_dir)
+    assert leaderboard.write_best(tmp_path, row, str(mine)) is None
+    assert (tmp_path / "best.yaml").read_text() == path.read_text().replace("tried", "best")
+
+
+def test_a_metric_that_was_no_number_is_not_expected_and_meets_nothing(tmp_path, conf):
+    run_dir = made(tmp_path, "seed=7")
+    manifest.update(run_dir, metrics={"eval_loss": math.nan, "eval_exact_match": 0.5})
+    recipe = yaml.safe_load(freeze(run_dir, "mine", conf / "experiment").read_text())
+    assert list(recipe["expect"]) == ["eval_exact_match"]
+    assert unexpected({"expect": {"eval_loss": [0, 1]}}, {"eval_loss": None}) == [
+        "eval_loss is missing, expected 0 to 1"
+    ]
+
+
+def test_a_command_to_paste_says_where_its_options_are():
+    assert compose.pasted(["seed=1"]) == "python -m runner seed=1"
+    where = {"config_dir": "my conf", "config_name": "mine"}
+    assert compose.pasted(["seed=1"], **where) == "python -m runner '--config-dir=my conf' --config-name=mine seed=1"
 
 
 @pytest.mark.parametrize("name", ["article_sft", "My-Recipe", "../up"])
