@@ -23,6 +23,7 @@ class Composed:
     config: dict[str, Any]  # resolved, without Hydra's own node
     choices: dict[str, str]  # group -> option
     run_dir: Path  # where Hydra would put the run; not made yet
+    environment: dict[str, str]  # what hydra.job.env_set says
 
 
 def parse_arguments(argv: list[str]) -> Namespace:
@@ -113,7 +114,7 @@ def compose(
             raise ConfigError(_listed(escape))
         if check and (faults := find_faults(config, choices)):
             raise ConfigError(_listed(faults))
-    return Composed(config, choices, run_dir)
+    return Composed(config, choices, run_dir, raw["hydra"]["job"]["env_set"])
 
 
 def read_values(overrides: list[str], *, groups: bool = False) -> dict[str, Any]:

@@ -121,7 +121,8 @@ class Samples(TrainerCallback):
         cut = sum(not answer.ended for answer in answers)
         note = f", {cut} answers cut at samples.max_new_tokens={self.max_new_tokens}" if cut else ""
         logger.info("answered %d held-out prompts in %.1f s%s", len(rows), time.monotonic() - start, note)
-        return {f"eval_{name}": mean for name, values in scored.items() if (mean := _mean(values)) is not None}
+        known = {name: [value for value in values if value is not None] for name, values in scored.items()}
+        return {f"eval_{name}": sum(values) / len(values) for name, values in known.items() if values}
 
     def _write(self, step: int, rows: list[Row], answers: list[Answer], scored: dict[str, list[float | None]]) -> None:
         lines = [
@@ -208,11 +209,6 @@ def _text(answer: Any) -> str | None:
         last = answer[-1] if answer else None
         return str(last.get("content") or "") if isinstance(last, dict) else last and " | ".join(map(str, answer))
     return None if answer is None else str(answer)
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 # ---- the model --------------------------------------------------------------------------------------------

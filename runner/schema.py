@@ -89,7 +89,7 @@ class Search:
 
     sampler: Literal["grid", "random", "tpe", "cmaes", "gp", "qmc"] = "grid"
     objective: str | list[str] | None = None
-    direction: Literal["minimize", "maximize"] | list[Literal["minimize", "maximize"]] = "minimize"
+    direction: Literal["minimize", "maximize"] | list[Literal["minimize", "maximize"]] | None = None
     n_trials: int | None = None
     seed: int = 42
     n_jobs: int = 1

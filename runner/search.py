@@ -3,23 +3,25 @@
 import difflib
 import itertools
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from runner import compose, lean, remote, schema, trainer_source
+from runner import compose, launch, lean, remote, schema, trainer_source
 from runner.compose import Composed
 from runner.config import flat, option_names
 from runner.errors import ConfigError
 from runner.journal import JOURNAL
 from runner.redaction import scrub
-from runner.safety import RUN_CODE
+from runner.safety import RUN_CODE, as_typed
 
 NEEDS = {"cmaes": ("cmaes", "scipy"), "gp": ("scipy",), "qmc": ("scipy",)}
 # What every trainer of transformers logs, beside the names in its own source.
 LOGGED = {"loss", "grad_norm", "learning_rate", "train_loss", "runtime", "samples_per_second", "steps_per_second"}
 LOGGED |= {"epoch", "num_tokens", "mean_token_accuracy", "entropy", "accuracy", "margin", "reward", "reward_std", "kl"}
+# What of Hydra's own a sweep takes, beside the environment of its trials.
+OF_HYDRA = ("hydra/launcher=", "hydra.launcher.", "hydra.sweep.dir=")
 # What may be another when a sweep goes on.
 BEYOND = {"resume", "n_trials", "timeout", "n_jobs", "gpus_per_trial", "trial_timeout", "retries",
           "stop_after_failures", "fail"}  # fmt: skip
@@ -101,7 +103,7 @@ class Plan:
     @property
     def directions(self) -> list[str]:
         """Of the objectives: ``minimize`` or ``maximize``."""
-        named = self.search.direction
+        named = self.search.direction or "minimize"
         return list(named) if isinstance(named, list) else [named] * len(self.objectives)
 
     @property
@@ -112,14 +114,14 @@ class Plan:
     @property
     def trials(self) -> int:
         """How many trials there are to be."""
-        wanted = self.search.n_trials
-        if self.search.sampler != "grid":
-            return wanted or 0
-        return len(self.grid) if wanted is None else min(wanted, len(self.grid))
+        if self.search.sampler == "grid":
+            return len(self.grid[: self.search.n_trials])
+        return self.search.n_trials or 0
 
     def identity(self) -> dict[str, Any]:
         """Return what may not change when a sweep goes on, by name."""
         kept = {f"search.{key}": value for key, value in asdict(self.search).items() if key not in BEYOND}
+        kept["search.direction"] = self.search.direction or "minimize"
         kept["swept keys"] = [axis.name for axis in self.axes]
         swept = {axis.name: str(axis) for axis in self.axes}
         own = {key: value for key, value in self.base.config.items() if key not in ("search", "output_dir")}
@@ -147,29 +149,32 @@ def read(overrides: list[str], **where: Any) -> Plan:
             raise ConfigError(f"{text} cannot be swept: it is no part of a trial. Sweep keys of the run.")
         if special:
             own.append(text)
-        elif key.startswith("hydra"):
+        elif key.startswith("hydra") and not key.startswith("hydra.job.env_set"):
             hydra.append(text)
         else:
             rest.append((text, parsed))
     plain = [text for text, parsed in rest if not parsed.is_sweep_override()]
     first = compose.compose([*plain, *own, *hydra], check=False, **where)
+    if idle := [text for text in hydra if not text.lstrip("+~").startswith(OF_HYDRA)]:
+        raise ConfigError(
+            f"{', '.join(idle)} has no effect in a sweep, which takes these keys of Hydra's: hydra/launcher, "
+            "hydra.launcher.*, hydra.sweep.dir and hydra.job.env_set.*"
+        )
     if first.choices.get("search") in (None, "None", "null"):
         own = ["search=grid", *(text for text in own if not text.startswith("search="))]
     launcher = remote.read_launcher(hydra)
     node = first.config.get("search") or {}
     if node.get("resume") and not any(text.lstrip("+").startswith("search.resume=") for text in own):
         raise ConfigError("search.resume is refused from a file: type search.resume=... yourself.")
-    swept = _params(node.get("params") or {})
-    axes, fixed = _split([*swept, *rest])
+    axes, fixed = _split([*_params(node.get("params") or {}), *rest])
     if not axes:
         raise ConfigError(
             "There is nothing to sweep: no key has several values. Type for example seed=1,2,3 or "
             "'trainer.learning_rate=tag(log,interval(1e-6,1e-4))', or leave out -m for one run."
         )
-    composed = {tuple(cell): _check(cell, fixed, own, where) for cell in corners(axes)}
+    composed = {tuple(cell): _check(cell, fixed, own, where, here=not launcher) for cell in corners(axes)}
     cells = list(composed.values())
-    known = {field.name for field in fields(schema.Search)}
-    search = schema.Search(**{key: value for key, value in cells[0].config["search"].items() if key in known})
+    search = schema.Search(**cells[0].config["search"])
     modules = sorted({trainer_source.find(cell.config["trainer"]["_target_"])[0] for cell in cells})
     left_out = lean.left_out(*(cell.config for cell in cells))
     plan = Plan(search, axes, fixed, own, composed, modules, left_out, launcher, where)
@@ -183,14 +188,13 @@ def prepare(overrides: list[str], **where: Any) -> list[str]:
     Raises:
         ConfigError: It cannot be.
     """
-    hydra = [text for text in overrides if text.startswith("hydra")]
     if any(text.startswith("output_dir=") for text in overrides):
         raise ConfigError("output_dir has no effect in a sweep, whose trials need one each: type hydra.sweep.dir=...")
     prepared[:] = [read(overrides, **where)]
     going_on = prepared[0].search.resume
     if going_on is None:
         return []
-    if any(text.startswith("hydra.sweep.dir=") for text in hydra):
+    if any(text.startswith("hydra.sweep.dir=") for text in overrides):
         raise ConfigError("search.resume names the directory of the sweep: leave out hydra.sweep.dir.")
     if not (Path(going_on) / JOURNAL).exists():
         raise ConfigError(f"search.resume={going_on} holds no sweep: it has no {JOURNAL}.")
@@ -252,9 +256,13 @@ def _axis(text: str, parsed: Any) -> Axis:
     return Axis(key, values)
 
 
-def _check(cell: list[str], fixed: list[str], own: list[str], where: dict[str, Any]) -> Composed:
+def _check(cell: list[str], fixed: list[str], own: list[str], where: dict[str, Any], *, here: bool) -> Composed:
+    """Compose a trial; one that is to run here is refused what this machine lacks."""
     try:
-        return compose.compose([*fixed, *cell, *own], **where)
+        composed = compose.compose([*fixed, *cell, *own], **where)
+        if here:
+            launch.refuse(composed.config)
+        return composed
     except ConfigError as error:
         hint = " In an interval, whole numbers are written int(interval(1,64))." if "takes int" in str(error) else ""
         raise ConfigError(f"The trial {' '.join(cell)} cannot be: {error}{hint}") from error
@@ -284,12 +292,25 @@ def _refuse(plan: Plan, cells: list[Composed]) -> None:
             "search.gpus_per_trial shares out the devices of this machine. With a launcher its scheduler does: type "
             "hydra.launcher.gpus_per_node=1 (Slurm) or hydra.launcher.ray.remote.num_gpus=1 (Ray)."
         )
+    faults += [
+        f"launch.processes={wanted} needs a GPU for each process, and search.gpus_per_trial={search.gpus_per_trial} "
+        f"gives a trial so many: type launch.processes=auto, or search.gpus_per_trial={wanted}."
+        for node, trainer in ((cell.config["launch"], cell.config["trainer"]) for cell in cells)
+        if isinstance(wanted := node.get("processes"), int) and not trainer.get("use_cpu")
+        if wanted > (search.gpus_per_trial or wanted)
+    ]
     if plan.base.config.get("probe"):
         faults.append("probe=true looks at one run: leave it out of a sweep, or check one trial before.")
     if any(scrub(cell.config) != cell.config for cell in cells):
         faults.append("The config holds what looks like a secret, and it is written to disk: use the environment.")
-    for cell in cells if search.objective else ():
-        faults += [fault for name in plan.objectives if (fault := _objective_fault(name, cell))]
+    not_logged = [_objective_fault(name, cell) for cell in cells for name in plan.objectives if search.objective]
+    faults += filter(None, not_logged)
+    better = ["minimize" if name.endswith(("loss", "kl")) else "maximize" for name in plan.objectives]
+    if search.direction is None and "maximize" in better and not any(not_logged):
+        faults.append(
+            f"search.direction must be given to search for the best {' and '.join(plan.objectives)}: type "
+            f"search.direction={as_typed(better) if len(better) > 1 else better[0]}, or the other way."
+        )
     if search.pruner != "none" and all(name.startswith("eval_") for name in plan.objectives):
         faults += [
             f"search.pruner={search.pruner} has nothing to compare: {plan.objectives[0]} is computed after training "

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import signal
 import sys
 import time
@@ -35,8 +36,8 @@ def main(hydra: Any, arguments: list[str]) -> None:
         arguments: The overrides that were typed.
     """
     directory = Path(hydra.sweep.dir)
-    of_launcher = ("hydra/launcher=", "hydra.launcher.")
-    arguments += [text for text in hydra.overrides.hydra if text.lstrip("+").startswith(of_launcher)]
+    of_trials = ("hydra/launcher=", "hydra.launcher.", "hydra.job.env_set")
+    arguments += [text for text in hydra.overrides.hydra if text.lstrip("+~").startswith(of_trials)]
     GlobalHydra.instance().clear()  # trials are composed as runs are, which begins afresh
     try:
         if not search.prepared:
@@ -62,6 +63,9 @@ def run(plan: Plan, directory: Path, arguments: list[str]) -> int:
         lock.acquire(timeout=0)
     except Timeout:
         raise ConfigError(f"{directory} is in use: a sweep runs in it. Wait for its end, or end it.") from None
+    for name, value in plan.base.environment.items():
+        if all(one.environment.get(name) == value for one in plan.composed.values()):
+            os.environ[name] = value  # the server of trials reads it as it imports
     try:
         return Sweep(plan, directory, arguments).run()
     finally:
@@ -148,10 +152,13 @@ class Sweep:
             about |= {"objective": self.plan.objectives[0], "pruner": self.plan.search.pruner}
             (run_dir / journal.TRIAL).write_text(json.dumps(about), encoding="utf-8")
         slot = self.free.pop(0)
-        environment = {"CUDA_VISIBLE_DEVICES": ",".join(self.places[slot])} if self.places else {}
+        own = {"CUDA_VISIBLE_DEVICES": ",".join(self.places[slot])} if self.places else {}
+        environment = composed.environment | own
         shown = [text.removeprefix("++") for text in overrides]
         count = launch.threads(self.plan.search.n_jobs)
-        elsewhere = (tuple(self.plan.launcher), self.plan.where.get("config_dir"))
+        told = [f"++hydra.job.env_set.{key}='{value}'" for key, value in environment.items()]
+        launcher = (*self.plan.launcher, *told) if self.plan.launcher else ()
+        elsewhere = (launcher, self.plan.where.get("config_dir"))
         job = Job(str(run_dir), composed.config, composed.choices, shown, environment, count, *elsewhere)
         trial = Trial(number, slot, job, seconds=self.plan.search.trial_timeout)
         if record:

@@ -23,7 +23,7 @@ IMPORTS = {
     "launch": {"engines", "errors", "hardware", "lean", "manifest"},
     "lean": {"disk", "embedded", "errors", "hub", "safety"},
     "preemption": {"callbacks", "errors", "launch", "manifest"},
-    "search": {"compose", "config", "errors", "journal", "lean", "redaction", "remote", "safety", "schema",
+    "search": {"compose", "config", "errors", "journal", "launch", "lean", "redaction", "remote", "safety", "schema",
                "trainer_source"},
     "sweep": {"compose", "errors", "journal", "launch", "leaderboard", "manifest", "remote", "search", "trials"},
     "trials": {"__main__", "errors", "hardware", "launch", "lean", "manifest", "remote"},

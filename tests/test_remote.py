@@ -32,10 +32,17 @@ def test_every_launcher_is_read_or_says_what_to_install(name):
         (["hydra.launcher.n_jobs=2"], "has no effect without hydra/launcher="),
         (["hydra/launcher=submitit_slurm", "hydra.launcher.partitoin=gpu"], "did you mean hydra.launcher.partition"),
         (["hydra/launcher=submitit_slurm", "search.gpus_per_trial=1"], "hydra.launcher.gpus_per_node=1"),
+        (["hydra/launcher=submitit_slurm", "hydra.sweep.subdir=a"], "has no effect in a sweep"),
     ],
 )
 def test_a_launcher_that_cannot_be_is_refused_before_the_first_trial(overrides, answer):
     assert answer in refusal("seed=1,2", *overrides)
+
+
+def test_what_this_machine_lacks_a_launcher_may_find_elsewhere():
+    here = ["seed=1,2", "launch=fsdp2", "trainer.use_cpu=true"]
+    assert "cannot run on a CPU" in refusal(*here)
+    assert search.read([*here, "hydra/launcher=submitit_slurm"]).trials == 2
 
 
 def begin(folder, *overrides):
@@ -57,12 +64,13 @@ def test_two_workers_of_a_ray_cluster_prune_and_fail_as_trials_do_here(llama_dir
 @pytest.mark.slow
 def test_a_job_that_its_scheduler_preempts_is_queued_again_and_goes_on(llama_dir, tmp_path):
     given = words(llama_dir, "hydra/launcher=submitit_local", "trainer.learning_rate=1e-3,1e38", "samples.rows=0")
-    given += ["search.n_jobs=2"]
+    given += ["search.n_jobs=2", "hydra.job.env_set.WANDB_PROJECT='a, b'"]
     sweep = begin(tmp_path, *given, "trainer.max_steps=200", "trainer.eval_on_start=false")
     metrics = tmp_path / "0" / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and len(lines(metrics.parent)) > 3, 120)
-    follower = psutil.Process(manifest.read(tmp_path / "0")["process"]).ppid()
-    os.kill(follower, signal.SIGUSR2)
+    trial = psutil.Process(manifest.read(tmp_path / "0")["process"])
+    assert trial.environ()["WANDB_PROJECT"] == "a, b"
+    os.kill(trial.ppid(), signal.SIGUSR2)
     said = sweep.end()
     assert sweep.returncode == 0, said
     assert [board(tmp_path)[number]["status"] for number in range(2)] == ["completed", "diverged"]

@@ -11,6 +11,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from filelock import FileLock
 from test_compose import write_recipe
@@ -130,10 +131,42 @@ def test_a_trial_is_the_run_that_its_check_composed():
         (["seed=1,2", "search.retries=-1"], "search.retries=-1 must be at least 0"),
         (["seed=1,2", "search.trial_timeout=0"], "search.trial_timeout=0 must be at least 0.001"),
         (["seed=1,2", "search.resume=no/such"], "holds no sweep"),
+        (["seed=1,2", "search.objective=eval_exact_match"], "type search.direction=maximize"),
+        (["trainer=ppo", "search=tpe", "seed=1,2", "search.objective=[eval_objective/kl,eval_objective/scores]"],
+         "type search.direction=[minimize,maximize]"),
+        (["seed=1,2", "hydra.verbose=true"], "hydra.verbose=true has no effect in a sweep"),
+        (["seed=1,2", "hydra.sweep.subdir=mine", "hydra.sweep.dir=there"], "hydra.sweep.subdir=mine has no effect"),
+        (["seed=1,2", "hydra.job.env_set.PATH=here"], "may set only"),
+        (["launch=one,fsdp2", "trainer.use_cpu=true"], "The trial launch=fsdp2 cannot be: launch.fsdp cannot run on a"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_the_first_trial(overrides, answer):
     assert answer in refusal(*overrides)
+
+
+def test_a_trial_whose_processes_outnumber_its_devices_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    given = ["seed=1,2", "launch=ddp", "search.gpus_per_trial=2"]
+    assert "type launch.processes=auto, or search.gpus_per_trial=3" in refusal(*given, "launch.processes=3")
+    assert search.read([*given, "launch.processes=2"]).search.gpus_per_trial == 2
+    assert search.read([*given, "launch.processes=3", "trainer.use_cpu=true"]).search.gpus_per_trial == 2
+
+
+def test_what_a_config_sets_in_the_environment_its_trials_have(tmp_path):
+    recipe = write_recipe(tmp_path, "hydra:\n  job:\n    env_set:\n      WANDB_MODE: offline\n")
+    plan = search.read(
+        ["experiment=article_sft,mine", "hydra.job.env_set.WANDB_PROJECT='a, b'"], **recipe, config_name="config"
+    )
+    assert [one.environment for one in plan.composed.values()] == [
+        {"WANDB_PROJECT": "a, b"},
+        {"WANDB_MODE": "offline", "WANDB_PROJECT": "a, b"},
+    ]
+
+
+def test_a_sweep_that_names_no_direction_is_the_one_that_minimizes():
+    plans = [search.read(["seed=1,2", *more]) for more in ([], ["search.direction=minimize"])]
+    assert plans[0].identity() == plans[1].identity()
+    assert plans[0].directions == ["minimize"]
 
 
 @pytest.mark.parametrize("trainer", ["sft", "dpo", "grpo", "reward", "kto", "rloo", "orpo", "cpo", "ppo"])
@@ -349,7 +382,7 @@ def test_a_trial_that_falls_behind_is_pruned_and_keeps_its_metrics(llama_dir, tm
 def test_an_objective_that_turns_out_not_to_be_logged_ends_the_sweep(llama_dir, tmp_path, capsys):
     given = words(llama_dir, "seed=1,2,3", "reward.terms={other: {function: length}}", "search.objective=eval_other")
     given = [word for word in given if "samples.rows" not in word]
-    assert run(tmp_path / "sweep", *given, "samples.rows=0") == 2
+    assert run(tmp_path / "sweep", *given, "samples.rows=0", "search.direction=maximize") == 2
     assert len(board(tmp_path / "sweep")) == 1
     said = capsys.readouterr().out
     assert "the run logs no eval_other" in said

@@ -20,7 +20,7 @@ def fine(completions, **kwargs):
     return [0.0 for _ in completions]
 
 def raises(completions, **kwargs):
-    raise ZeroDivisionError("one over nothing")
+    raise ZeroDivisionError("one over " + os.environ.get("WANDB_PROJECT", "nothing"))
 
 def dies(completions, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -80,11 +80,15 @@ def test_a_loss_that_is_not_finite_is_a_row_and_any_failure_may_be_an_error(llam
 
 
 @pytest.mark.slow
-def test_a_sweep_whose_first_trials_fail_alike_ends(llama_dir, tmp_path, faults, capsys):
+def test_a_sweep_whose_first_trials_fail_alike_ends(llama_dir, tmp_path, faults, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "another")  # and given back, as the sweep sets it for its trials
     given = words(llama_dir, *faults[0], "reward.function=faults.raises", "seed=1,2,3", "trainer.seed=1")
+    given += ["hydra.job.env_set.WANDB_PROJECT=none"]
     assert run(tmp_path / "sweep", *given, "search.stop_after_failures=2") == 1
     assert len(board(tmp_path / "sweep")) == 2
-    assert "the first 2 trials failed of the same cause" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the first 2 trials failed of the same cause" in said
+    assert "ZeroDivisionError: one over none" in said
 
 
 def ended(tmp_path, **fields):
