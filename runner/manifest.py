@@ -211,7 +211,8 @@ def recording(run_dir: str | Path) -> Iterator[None]:
     Whatever ends the run is written with its cause and traceback and raised again.
     """
     lock = claim(run_dir)
-    update(run_dir, status="running", heartbeat=_now(), process=os.getpid(), cause=None, traceback=None)
+    here = {"platform": _platform(), "process": os.getpid()}  # it may go on elsewhere
+    update(run_dir, status="running", heartbeat=_now(), **here, cause=None, traceback=None)
     try:
         with beating(run_dir):
             yield

@@ -1,4 +1,5 @@
 import json
+import platform
 import signal
 import subprocess
 import sys
@@ -41,6 +42,13 @@ def test_a_running_process_says_that_it_is_alive_without_losing_what_is_written_
     found = parsed(tmp_path)
     assert found["heartbeat"] > first
     assert all(found[f"field{number}"] == number for number in range(200))
+
+
+def test_a_run_that_goes_on_elsewhere_says_where(tmp_path):
+    manifest.create(tmp_path, argv=[])
+    manifest.update(tmp_path, platform={"host": "elsewhere"})
+    with manifest.recording(tmp_path):
+        assert parsed(tmp_path)["platform"]["host"] == platform.node()
 
 
 def test_a_killed_process_leaves_a_manifest_that_is_known_to_be_dead(tmp_path):
