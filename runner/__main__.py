@@ -197,7 +197,7 @@ def led_to(argv: list[str], node: dict[str, Any]) -> tuple[Path, dict[str, Any] 
 def find_launch(argv: list[str]) -> dict[str, Any]:
     """Return the ``launch`` node of a command line, or of the run that it resumes; empty where none is needed."""
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if "WORLD_SIZE" in os.environ or (tasks == 1 and not any("launch" in word for word in argv)):
+    if "LOCAL_RANK" in os.environ or (tasks == 1 and not any("launch" in word for word in argv)):
         return {}
     arguments = compose.parse_arguments(without_resume(argv))
     if arguments.multirun or arguments.cfg or arguments.info:

@@ -88,7 +88,7 @@ def _meeting_of_slurm() -> tuple[str, int]:
 
 def is_needed(node: dict[str, Any]) -> bool:
     """Tell whether ranks are to be started; not in one of them, and not in those of somebody else's launcher."""
-    if "WORLD_SIZE" in os.environ:
+    if is_led() or "LOCAL_RANK" in os.environ:  # some containers name a world of one
         return False
     return bool(node.get("fsdp") or node.get("deepspeed")) or world(node) > 1  # engines want a group of one, too
 
@@ -207,7 +207,7 @@ def _watch(
             with contextlib.suppress(ProcessLookupError):  # it has just ended
                 os.kill(pid, signal.SIGKILL if again else signal.SIGUSR1)
 
-    start, ended = time.monotonic(), ranks / f"machine{where.rank}.ended"
+    start, limit = time.monotonic(), float(node.get("start_timeout") or 600)
     with (ranks / f"agent{where.rank or ''}.log").open("w", encoding="utf-8") as log:
         # a session of its own: Ctrl-C comes here only
         agent = subprocess.Popen(command, env=environment, stderr=log, start_new_session=True)
@@ -215,9 +215,9 @@ def _watch(
         try:
             while agent.poll() is None:
                 time.sleep(POLL)
-                late = time.monotonic() - start > float(node.get("start_timeout") or 600)
+                late = time.monotonic() - start > limit
                 if late and (waiting := total - len(list(ranks.glob("*.begun")))) > 0:
-                    text = f"{waiting} of {total} ranks did not begin to train in {node['start_timeout']} s"
+                    text = f"{waiting} of {total} ranks did not begin to train in {limit:g} s"
                     (ranks / "start.json").write_text(json.dumps({"time": time.time(), "cause": text}))
                     _end(agent)
                 elif any(ranks.glob("machine*.ended")):  # another machine's ranks: ours would wait for them
@@ -228,7 +228,7 @@ def _watch(
             for number, handler in before.items():
                 signal.signal(number, handler)
     if agent.returncode:
-        ended.touch()
+        (ranks / f"machine{where.rank}.ended").touch()
     return agent.returncode, seen[0] if seen else None
 
 
@@ -385,7 +385,7 @@ def adopt_tasks(node: dict[str, Any]) -> None:
     A config of several machines starts its own ranks on each: there, a task is a machine.
     """
     given, tasks = os.environ, int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if "WORLD_SIZE" in given or tasks == 1 or node.get("nodes", 1) != 1:
+    if "LOCAL_RANK" in given or tasks == 1 or node.get("nodes", 1) != 1:
         return
     host, port = _meeting_of_slurm()
     devices = given.get("CUDA_VISIBLE_DEVICES")  # of this task alone where srun has shared them out

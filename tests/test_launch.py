@@ -1,5 +1,6 @@
 """Several real processes for one run, over gloo."""
 
+import itertools
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from test_resume import logged
 from test_run import SMALL, extras, losses, start
 
 from runner import checkpoints, compose, launch, manifest, resume
+from runner.__main__ import find_launch
 from runner.errors import ConfigError, RunStopped
 from runner.run import run
 
@@ -202,6 +204,25 @@ def test_a_rank_that_does_not_begin_in_time_ends_the_run(llama_dir, tmp_path, mo
         launch.launch(run_dir, node)
 
 
+def test_processes_that_are_asked_for_without_an_option_have_a_time_to_begin_in_too(tmp_path, monkeypatch):
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", itertools.count(step=400).__next__)
+        launch._watch(command, {**os.environ}, tmp_path, {"processes": 2}, launch.Place())
+    assert "2 of 2 ranks did not begin to train in 600 s" in (tmp_path / "start.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("variables", "needed"),
+    [({"WORLD_SIZE": "1"}, True), ({"WORLD_SIZE": "1", "LOCAL_RANK": "0"}, False), ({"WORLD_SIZE": "2"}, False)],
+)
+def test_a_world_of_one_that_a_container_names_is_no_launcher(variables, needed, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert launch.is_needed({"processes": 2}) is needed
+    assert (find_launch(TWO) == {}) is ("LOCAL_RANK" in variables)
+
+
 # accelerate 1.15 shards on devices only. FSDP2 itself runs over gloo: here the ranks take two CPUs for two devices.
 DEVICES = """
 import os
@@ -278,6 +299,7 @@ def test_tasks_of_slurm_are_ranks_of_one_run(monkeypatch):
         monkeypatch.delenv(name)
     launch.adopt_tasks({"processes": 1})
     assert not launch.is_led()
+    monkeypatch.setenv("WORLD_SIZE", "1")  # as some containers do
     in_slurm(monkeypatch, STEP_NUM_NODES=4, STEP_NUM_TASKS=8, PROCID=5)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # srun --gpus-per-task=1: the only one that this task sees
     launch.adopt_tasks({"processes": 1})
