@@ -32,6 +32,7 @@ GRACE = 5  # seconds that the other ranks have when one has failed
 POLL = 0.2  # seconds
 FAREWELL = 60  # seconds that a process which ends before there is a run waits for the others to hear of it
 ENDED = "ended with "  # no path: all that are shared are absolute
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]  # to save, end
 stores: list[Any] = []  # of the first rank, for as long as the others may ask
 
 logger = logging.getLogger(__name__)
@@ -211,8 +212,7 @@ def _watch(
     with (ranks / f"agent{where.rank or ''}.log").open("w", encoding="utf-8") as log:
         # a session of its own: Ctrl-C comes here only
         agent = subprocess.Popen(command, env=environment, stderr=log, start_new_session=True)
-        before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-        try:
+        with handling(dict.fromkeys(SIGNALS, pass_on)):
             while agent.poll() is None:
                 time.sleep(POLL)
                 late = time.monotonic() - start > limit
@@ -224,12 +224,20 @@ def _watch(
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         agent.wait(GRACE)
                     _end(agent)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
     if agent.returncode:
         (ranks / f"machine{where.rank}.ended").touch()
     return agent.returncode, seen[0] if seen else None
+
+
+@contextlib.contextmanager
+def handling(handlers: dict[int, Any]) -> Iterator[dict[int, Any]]:
+    """Handle signals inside, and give what handled them before, which is put back."""
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield before
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end(agent: "subprocess.Popen[bytes]") -> None:

@@ -15,7 +15,6 @@ from transformers import TrainerCallback
 from runner import launch
 from runner.callbacks import over_ranks
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 DEADLINE = 1 << 10  # among the numbers of signals
 
 logger = logging.getLogger(__name__)
@@ -90,10 +89,6 @@ def heeding(max_seconds: float | None) -> Iterator[Preemption]:
     """Heed signals inside, and give the callback that ends training."""
     callback = Preemption(max_seconds)
     main = threading.current_thread() is threading.main_thread()
-    heeded = [signal.SIGUSR1] if launch.is_ours() else SIGNALS
-    before = {number: signal.signal(number, callback.handle) for number in heeded} if main else {}
-    try:
+    heeded = [signal.SIGUSR1] if launch.is_ours() else launch.SIGNALS
+    with launch.handling(dict.fromkeys(heeded if main else (), callback.handle)):
         yield callback
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

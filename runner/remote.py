@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from runner import launch
 from runner.config import CONF
 from runner.errors import ConfigError
 
@@ -61,7 +62,8 @@ def open_cluster(words: list[str]) -> None:
         words: ``hydra/launcher=...`` and its settings.
     """
     named = "RAY_ADDRESS" in os.environ or any("hydra.launcher.ray.init.address=" in text for text in words)
-    if "hydra/launcher=ray" in words and not named:
+    chosen = [text for text in words if text.startswith("hydra/launcher=")][-1]
+    if chosen == "hydra/launcher=ray" and not named:
         import ray
 
         ray.init(log_to_driver=False, include_dashboard=False)
@@ -135,10 +137,7 @@ def follow(composed: Any) -> int:
     if not _is_led(run_dir, leader):
         return 128 + signal.SIGTERM
     job = {"run_dir": str(run_dir), "config": {}, "choices": {}, "overrides": [], "environment": {}, "threads": 0}
-    # to be ignored by the run's process, too
-    before: dict[int, Any] = {signal.SIGUSR2: signal.signal(signal.SIGUSR2, signal.SIG_IGN)}
     command = [sys.executable, "-m", "runner.trials", json.dumps(job), "--leader"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=about.cwd)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         _end(process)
@@ -148,17 +147,17 @@ def follow(composed: Any) -> int:
             time.sleep(BEAT)
         raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGUSR2, pass_on)
-    before |= {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        while process.poll() is None:
-            if not _is_led(run_dir, leader):
-                _end(process)
-            time.sleep(BEAT)
-    finally:
-        process.kill()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with launch.handling({signal.SIGUSR2: signal.SIG_IGN}) as before:  # it is ignored by the run's process, too
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=about.cwd)
+        before |= {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        signal.signal(signal.SIGUSR2, pass_on)
+        try:
+            while process.poll() is None:
+                if not _is_led(run_dir, leader):
+                    _end(process)
+                time.sleep(BEAT)
+        finally:
+            process.kill()
     return process.returncode
 
 

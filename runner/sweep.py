@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -36,13 +35,13 @@ def main(hydra: Any, arguments: list[str]) -> None:
         arguments: The overrides that were typed.
     """
     directory = Path(hydra.sweep.dir)
-    of_trials = ("hydra/launcher=", "hydra.launcher.", "hydra.job.env_set")
-    arguments += [text for text in hydra.overrides.hydra if text.lstrip("+~").startswith(of_trials)]
     GlobalHydra.instance().clear()  # trials are composed as runs are, which begins afresh
     try:
         if not search.prepared:
             raise ConfigError("hydra.mode alone starts no sweep: type python -m runner -m ...")
-        code = run(search.prepared.pop(), directory, arguments)
+        plan = search.prepared.pop()
+        of_trials = [text for text in plan.fixed if text.lstrip("+~").startswith("hydra.job.env_set")]
+        code = run(plan, directory, [*arguments, *plan.launcher, *of_trials])
     except ConfigError as error:
         sys.stderr.write(f"runner: {error}\n")
         code = 2
@@ -90,20 +89,19 @@ class Sweep:
         self.left = [t.number for t in self.study.trials if not t.state.is_finished()]  # by a sweep that was killed
         self.free = list(range(plan.search.n_jobs))
         self.ended_now = 0
-        self.signal, self.fault, self.code = 0, "", 1  # what told the sweep to end; why it ends itself, and how
+        self.told, self.fault, self.code = 0, "", 1  # how it ends, if a signal told it to; why it ends itself, and how
 
     def run(self) -> int:
         """Run all trials and return the exit code."""
-        search = self.plan.search
-        if self.plan.launcher:
-            remote.open_cluster(self.plan.launcher)
-            trials.warm(["runner.__main__", "runner.remote"], None)
-        else:
-            trials.warm([*trials.PRELOAD, *self.plan.trainers], self.plan.left_out)
-        say(f"{self.plan.trials} trials (search={search.sampler}) in {self.directory}")
-        if self.left:
-            say(f"Going on with trial{'s' * (len(self.left) > 1)} {', '.join(map(str, self.left))}")
-        with self.heeding():
+        search, elsewhere = self.plan.search, self.plan.launcher
+        if elsewhere:
+            remote.open_cluster(elsewhere)
+        modules = ["runner.__main__", "runner.remote"] if elsewhere else [*trials.PRELOAD, *self.plan.trainers]
+        with launch.handling(dict.fromkeys(launch.SIGNALS, self.handle)):
+            trials.warm(modules, None if elsewhere else self.plan.left_out)
+            say(f"{self.plan.trials} trials (search={search.sampler}) in {self.directory}")
+            if self.left:
+                say(f"Going on with trial{'s' * (len(self.left) > 1)} {', '.join(map(str, self.left))}")
             try:
                 while self.fill() or self.running:
                     self.look()
@@ -116,7 +114,7 @@ class Sweep:
 
     def fill(self) -> bool:
         """Start trials where there is room; returns whether any is running."""
-        while self.free and not self.signal and not self.fault:
+        while self.free and not self.told and not self.fault:
             if self.left:
                 number = self.left.pop(0)
             elif len(self.study.get_trials(deepcopy=False)) < self.plan.trials and not self.late():
@@ -136,14 +134,18 @@ class Sweep:
         run_dir = self.directory / str(number)
         point = self.point(number)
         run_dir.mkdir(exist_ok=True)
-        record = manifest.read(run_dir) if (run_dir / manifest.FILE).exists() else {}
+        known = (run_dir / manifest.FILE).exists()
+        if known and (ending := self.find_user(run_dir)):
+            self.settle(number, ending, 0.0)
+            return
+        record = manifest.read(run_dir) if known else {}
         if record.get("status") in ("completed", "failed", "pruned"):  # it ended as the sweep was killed
             self.settle(number, trials.judge(run_dir, 0, "", None), 0.0)
             return
         overrides = [*self.plan.fixed, *point]
         try:
-            known = self.plan.composed.get(tuple(point))
-            composed = known or compose.compose([*overrides, *self.plan.own], **self.plan.where)
+            checked = self.plan.composed.get(tuple(point))
+            composed = checked or compose.compose([*overrides, *self.plan.own], **self.plan.where)
         except ConfigError as error:
             self.settle(number, ("failed", str(error)), 0.0)
             return
@@ -161,40 +163,40 @@ class Sweep:
         elsewhere = (launcher, self.plan.where.get("config_dir"))
         job = Job(str(run_dir), composed.config, composed.choices, shown, environment, count, *elsewhere)
         trial = Trial(number, slot, job, seconds=self.plan.search.trial_timeout)
-        if record:
-            self.wait_for_end(run_dir)
-        self.study._storage.set_trial_user_attr(
-            self.study.get_trials(deepcopy=False)[number]._trial_id, "status", "running"
-        )
+        stored = self.study.get_trials(deepcopy=False)[number]
+        self.study._storage.set_trial_user_attr(stored._trial_id, "status", "running")
+        self.begin(trial)
+
+    def begin(self, trial: Trial) -> None:
+        """Let a trial run, for the first time or again."""
         trial.start()
         self.running.append(trial)
-        if self.signal and not trial.stopped:  # it came while the trial started
+        if self.told and not trial.stopped:  # as it started
             trial.stop("preempted")
 
-    def wait_for_end(self, run_dir: Path) -> None:
-        """Wait for the process of a trial that outlives a killed sweep by a moment."""
-        until = time.monotonic() + 2 * trials.GRACE
-        while time.monotonic() < until and not self.signal:
+    def find_user(self, run_dir: Path) -> tuple[str, str] | None:
+        """Return how a trial ends whose directory is not to be had; wait for what outlives its end by a moment."""
+        until = time.monotonic() + 2 * trials.GRACE + remote.GRACE * bool(self.plan.launcher)
+        while time.monotonic() < until and not self.told:
             with contextlib.suppress(ConfigError):
                 manifest.claim(run_dir).release()
-                return
+                return None
             time.sleep(BEAT / 5)
-        raise ConfigError(f"{run_dir} is in use: a trial of the sweep that was killed still runs. End it.")
+        return "preempted" if self.told else "killed", "its directory is still in use by its last process"
 
     def look(self) -> None:
         """Wait a moment, and deal with what has happened."""
         for trial in trials.wait_any(self.running, BEAT):
-            status, cause = trial.ending()
-            crashed = status == "killed" and not self.signal
-            if crashed and trial.tries <= self.plan.search.retries:
-                say(f"trial {trial.number} was killed ({cause}): it is tried again")
-                if trial.job.launcher:
-                    self.wait_for_end(Path(trial.job.run_dir))
-                trial.start()
-                continue
             self.running.remove(trial)
+            ending = trial.ending()
+            if ending[0] == "killed" and not self.told and trial.tries <= self.plan.search.retries:
+                say(f"trial {trial.number} was killed ({ending[1]}): it is tried again")
+                if not (user := self.find_user(Path(trial.job.run_dir))):
+                    self.begin(trial)
+                    continue
+                ending = user
             self.free = sorted([*self.free, trial.slot])
-            self.settle(trial.number, (status, cause), time.monotonic() - trial.began)
+            self.settle(trial.number, ending, time.monotonic() - trial.began)
         for trial in self.running:
             trial.tend()
         self.show_bar()
@@ -328,31 +330,21 @@ class Sweep:
             say(f"runner: the sweep ends: {self.fault}")
             return self.code
         unfinished = [row for row in rows if row.status in ("running", "preempted")]
-        if unfinished or self.signal or len(rows) < plan.trials:
+        if unfinished or self.told or len(rows) < plan.trials:
             words = [text for text in self.arguments if not text.lstrip("+").startswith("search.resume")]
             words = [text.removeprefix("++") for text in words]
             words = ["-m", *words, f"search.resume={self.directory}"]
             say("go on with: " + compose.pasted(words, **plan.where))
-        if self.signal:
-            return 128 + self.signal
-        return int(failures == len(rows) or (failures > 0 and plan.search.fail == "any"))
+        if self.told and plan.launcher:
+            say("jobs that still wait in a scheduler's queue end by themselves as they begin")
+        return self.told or int(failures == len(rows) or (failures > 0 and plan.search.fail == "any"))
 
     # ---- signals ----------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def heeding(self) -> Iterator[None]:
-        """Let an interrupt inside end the trials with a checkpoint; another one ends them and the sweep at once."""
-        before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Tell all trials to end, or, the second time, leave at once."""
-        if self.signal:
-            raise SystemExit(128 + number)
-        self.signal = number
+        """Tell all trials to end with a checkpoint, or, the second time, end them and the sweep at once."""
+        again, self.told = self.told, 130 if number == signal.SIGINT else 143
+        if again:
+            raise SystemExit(self.told)
         for trial in self.running:
             trial.stop("preempted")

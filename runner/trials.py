@@ -108,10 +108,10 @@ class Trial:
 
     def tend(self) -> None:
         """Stop it when its time is over, and kill it when it does not heed."""
-        now = time.monotonic()
-        if self.job.launcher and self.waits():
+        now, waits = time.monotonic(), bool(self.job.launcher) and self.waits()
+        if waits:
             self.started = now
-        if self.stopped and now - self.told > GRACE + remote.GRACE * bool(self.job.launcher):
+        if self.stopped and (waits or now - self.told > GRACE + remote.GRACE * bool(self.job.launcher)):
             self.kill()
         elif not self.stopped and self.seconds and now - self.started > self.seconds:
             self.stop("timeout")
@@ -188,6 +188,8 @@ def _context() -> Any:
 def warm(modules: list[str], left_out: str | None) -> None:
     """Start the server without waiting for it, so that it imports while the first trial is prepared.
 
+    What tells this process to end, from the keyboard or by its group, is not for the server: it ends with the sweep.
+
     Args:
         modules: What it imports.
         left_out: Modules that no trial can ask for; None: trials run elsewhere, in the environment of this process.
@@ -197,7 +199,7 @@ def warm(modules: list[str], left_out: str | None) -> None:
         return
     warmed[:] = modules, left_out
     context.set_forkserver_preload(modules)
-    from multiprocessing import forkserver
+    from multiprocessing import forkserver, resource_tracker
 
     # libraries read these as they are imported; asking for devices must not open one
     given = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
@@ -206,9 +208,12 @@ def warm(modules: list[str], left_out: str | None) -> None:
     given["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
     before = {key: os.environ.get(key) for key in given}
     os.environ.update(given)
+    resource_tracker.ensure_running()  # it unblocks signals
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, launch.SIGNALS)  # what a process is started with, it keeps
     forkserver.ensure_running()
     for key, value in before.items():
         os.environ.pop(key) if value is None else os.environ.update({key: value})
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 # ---- in the process of a trial ------------------------------------------------------------------------------------
@@ -221,10 +226,11 @@ def work(job: Job, leader: Any = None) -> None:
         job: The run.
         leader: Ready to be read once the process has ended that this one is not to outlive.
     """
-    with contextlib.suppress(OSError, AttributeError):
-        os.setsid()  # an interrupt from the keyboard is for the sweep, which passes it on
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in launch.SIGNALS:
         signal.signal(number, signal.SIG_DFL)  # until the run heeds them
+    with contextlib.suppress(OSError, AttributeError):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, launch.SIGNALS)  # which the server blocks
+        os.setsid()  # an interrupt from the keyboard is for the sweep, which passes it on
     os.environ.update(job.environment)
     run_dir = Path(job.run_dir)
     with (run_dir / (remote.SAID if job.launcher else LOG)).open("ab") as file:

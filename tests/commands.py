@@ -9,13 +9,14 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from runner import trials
+from runner import launch, trials
 
 
 class Command:
@@ -97,6 +98,7 @@ def free_ports():
 
 def _be(module, words, cwd, env, said, first):
     multiprocessing.process._parent_process = None  # no trial of ours, but a command
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, launch.SIGNALS)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

@@ -27,7 +27,7 @@ IMPORTS = {
                "trainer_source"},
     "sweep": {"compose", "errors", "journal", "launch", "leaderboard", "manifest", "remote", "search", "trials"},
     "trials": {"__main__", "errors", "hardware", "launch", "lean", "manifest", "remote"},
-    "remote": {"config", "errors"},
+    "remote": {"config", "errors", "launch"},
     "leaderboard": {"disk", "errors", "freeze", "manifest", "report"},
     "pruning": {"callbacks", "errors", "journal", "manifest"},
     "resume": {"config", "disk", "errors", "manifest", "redaction", "safety"},

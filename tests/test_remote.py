@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from importlib.util import find_spec
 
 import psutil
@@ -10,7 +11,7 @@ from commands import Command
 from test_run import lines
 from test_sweep import STEPPED, board, refusal, wait_until, words
 
-from runner import manifest, search
+from runner import manifest, remote, search
 from runner.config import CONF
 
 PRESETS = sorted(path.stem for path in (CONF / "hydra" / "launcher").glob("*.yaml"))
@@ -43,6 +44,14 @@ def test_what_this_machine_lacks_a_launcher_may_find_elsewhere():
     here = ["seed=1,2", "launch=fsdp2", "trainer.use_cpu=true"]
     assert "cannot run on a CPU" in refusal(*here)
     assert search.read([*here, "hydra/launcher=submitit_slurm"]).trials == 2
+
+
+def test_a_cluster_is_opened_for_the_launcher_that_was_named_last(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)  # it cannot be imported
+    remote.open_cluster(["hydra/launcher=ray", "hydra/launcher=submitit_local"])
+    with pytest.raises(ImportError):
+        remote.open_cluster(["hydra/launcher=submitit_local", "hydra/launcher=ray"])
 
 
 def begin(folder, *overrides):

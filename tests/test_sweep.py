@@ -7,7 +7,10 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from multiprocessing import forkserver
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +20,7 @@ from filelock import FileLock
 from test_compose import write_recipe
 from test_run import BATCH, QUICK, SMALL, lines
 
-from runner import compose, journal, leaderboard, manifest, search, sweep, trials
+from runner import compose, journal, launch, leaderboard, manifest, search, sweep, trials
 from runner.config import flat, option_names
 from runner.errors import ConfigError
 from runner.leaderboard import Row
@@ -278,6 +281,7 @@ def test_a_trial_is_the_run_that_it_would_be_alone_and_the_best_is_a_recipe(llam
 
 def sweep_apart(folder, overrides):
     """Run a sweep in a forked process, which has all imports and so forks its trials itself."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, launch.SIGNALS)  # which the server of ``commands`` blocks
     trials.warm = lambda modules, left_out: None
     trials._context = lambda: multiprocessing.get_context("fork")
     os._exit(run(folder, *overrides))
@@ -344,6 +348,93 @@ def test_an_interrupt_saves_what_runs_and_the_sweep_goes_on_from_there(llama_dir
     lock = FileLock(folder / ".lock")
     with lock, pytest.raises(ConfigError, match=r"is in use"):
         run(folder, *given, f"search.resume={folder}")
+
+
+def test_an_interrupt_as_the_first_trial_starts_ends_the_sweep_with_its_table(tmp_path, monkeypatch):
+    (tmp_path / "slow.py").write_text("import time; time.sleep(1)")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    code = f"""if True:
+        import dataclasses, os, signal, sys, threading
+        from pathlib import Path
+        from runner import search, sweep, trials
+
+        trials.PRELOAD[:] = ["slow"]
+        plan = dataclasses.replace(search.read(["seed=1,2"]), trainers=[])
+        folder = Path({str(tmp_path)!r}) / "sweep"
+
+        def interrupt():
+            while not (folder / "0").exists():
+                pass
+            threading.Event().wait(0.3)  # the server imports
+            os.killpg(os.getpgid(0), signal.SIGINT)
+
+        threading.Thread(target=interrupt).start()
+        sys.exit(sweep.run(plan, folder, ["seed=1,2"]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, start_new_session=True
+    )
+    assert done.returncode == 130, done.stdout + done.stderr
+    assert [row["status"] for row in board(tmp_path / "sweep").values()] == ["preempted"]
+    assert "go on with: python -m runner -m seed=1,2 search.resume=" in done.stdout
+
+
+@pytest.fixture
+def one(tmp_path):
+    """Return a sweep with a trial that leaves without a word whenever it is tried: its config is gone."""
+    plan = search.read(["seed=1,2"])
+    found = sweep.Sweep(plan, tmp_path, [])
+    assert journal.begin(found.study, plan) == 0
+    (tmp_path / "0").mkdir()
+    manifest.create(tmp_path / "0", argv=[])
+    manifest.update(tmp_path / "0", status="running")
+    return found
+
+
+@pytest.mark.parametrize(("told", "status"), [(0, "killed"), (130, "preempted")])
+def test_a_directory_that_stays_in_use_costs_its_trial_only(told, status, one, tmp_path, monkeypatch):
+    monkeypatch.setattr(trials, "GRACE", 0.1)
+    with manifest.claim(tmp_path / "0"):
+        one.told = told
+        one.start(0)
+    (row,) = one.rows()
+    assert (row.status, row.cause) == (status, "its directory is still in use by its last process")
+    assert (one.running, one.free) == ([], [0])
+
+
+def test_a_trial_that_is_tried_again_while_its_directory_stays_in_use_is_a_row(one, tmp_path, monkeypatch):
+    monkeypatch.setattr(trials, "GRACE", 0.1)
+    one.start(0)
+    with manifest.claim(tmp_path / "0"):
+        while one.running:
+            one.look()
+    assert [row.status for row in one.rows()] == ["killed"]
+    assert one.free == [0]
+
+
+def test_an_interrupt_while_a_trial_is_tried_again_reaches_it(one, monkeypatch):
+    one.start(0)
+    connect = forkserver.connect_to_new_process
+
+    def interrupted(fds):
+        one.handle(signal.SIGINT, None)
+        return connect(fds)
+
+    monkeypatch.setattr(forkserver, "connect_to_new_process", interrupted)
+    while one.running:
+        one.look()
+    assert [row.status for row in one.rows()] == ["preempted"]
+    assert one.close() == 130
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])
+def test_a_sweep_that_is_told_to_end_leaves_as_a_run_does(number, code, one):
+    with launch.handling(dict.fromkeys(launch.SIGNALS, one.handle)):
+        signal.raise_signal(number)
+        assert one.close() == code
+        with pytest.raises(SystemExit) as ended:
+            signal.raise_signal(number)
+    assert ended.value.code == code
 
 
 @pytest.mark.slow

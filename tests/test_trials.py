@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 from test_sweep import board, run, words
@@ -166,6 +167,48 @@ def test_a_server_that_was_killed_is_started_again_as_the_first_was(tmp_path):
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_ends_a_sweep_does_not_end_the_server_of_its_trials(tmp_path, monkeypatch):
+    (tmp_path / "slow.py").write_text("import time; time.sleep(1)")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    code = f"""
+        import os, signal, time
+        from multiprocessing import forkserver
+        from pathlib import Path
+        from runner import launch, trials
+
+        for again in range(2):
+            trials.warm(["slow"], "")
+            assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+            server = forkserver._forkserver._forkserver_pid
+            time.sleep(0.3)  # it imports
+            for number in launch.SIGNALS:
+                os.kill(server, number)
+            trial = trials.Trial(0, 0, trials.Job({str(tmp_path)!r}, {{}}, {{}}, [], {{}}, 1))
+            trial.start()
+            trial.stop("preempted")  # before it has begun to work
+            assert trial.ending()[0] == "preempted"
+            assert trial.process.exitcode == -signal.SIGTERM
+            assert server == forkserver._forkserver._forkserver_pid
+            os.kill(server, signal.SIGKILL)  # for a second one
+            os.waitid(os.P_PID, server, os.WEXITED | os.WNOWAIT)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("status", ["created", "preempted", "running"])
+def test_a_trial_that_waits_in_a_queue_ends_as_soon_as_it_is_told_to(status, tmp_path):
+    job = trials.Job(str(ended(tmp_path, status=status)), {}, {}, [], {}, 1, ("hydra/launcher=submitit_slurm",))
+    trial = trials.Trial(0, 0, job, process=trials._context().Process(target=time.sleep, args=(60,)))
+    trial.process.start()
+    trial.stopped, trial.told = "preempted", time.monotonic()
+    trial.tend()
+    waits = status != "running"
+    trial.process.join(10 if waits else 0.2)
+    assert (trial.process.exitcode is not None) is waits
+    trial.process.kill()
 
 
 @pytest.mark.slow
