@@ -8,7 +8,6 @@ machines each has a parent, for its own ranks; the first one's makes the directo
 import contextlib
 import json
 import logging
-import multiprocessing
 import os
 import re
 import signal
@@ -34,6 +33,7 @@ FAREWELL = 60  # seconds that a process which ends before there is a run waits f
 ENDED = "ended with "  # no path: all that are shared are absolute
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]  # to save, end
 stores: list[Any] = []  # of the first rank, for as long as the others may ask
+shared: list[int] = []  # in a trial: the threads that its sweep has given it
 
 logger = logging.getLogger(__name__)
 
@@ -166,10 +166,8 @@ def _follow(run_dir: Path, code: int) -> dict[str, float]:
 
 def threads(count: int) -> int:
     """Return the threads of each of some processes: what is given, or their part of what this one may use."""
-    if multiprocessing.parent_process() is not None:  # a trial: its sweep has shared out the cores
-        import torch
-
-        return max(1, torch.get_num_threads() // count)
+    if shared:
+        return max(1, shared[0] // count)
     given = os.environ.get("OMP_NUM_THREADS", "")
     return int(given) if given.isdigit() and int(given) else max(1, hardware.cores() // count)
 

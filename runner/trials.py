@@ -1,7 +1,8 @@
 """Trials as processes of their own, forked from a server that has imported the libraries: a fork, not twelve seconds.
 
 The server is Python's own (``multiprocessing``, start method ``forkserver``). It touches no device and computes
-nothing, so that a fork of it begins without a device context and without threads.
+nothing, so that a fork of it begins without a device context and without threads. bitsandbytes opens the devices where
+there are any as it is imported: a trial that may need it then begins afresh, in an interpreter of its own.
 """
 
 import contextlib
@@ -276,8 +277,10 @@ def _prepare_torch(job: Job) -> None:
     import torch
 
     if torch.cuda._is_in_bad_fork():  # a library has opened the device in the server: begin afresh
-        os.execv(sys.executable, [sys.executable, "-m", "runner.trials", json.dumps(asdict(job))])
+        os.dup2(multiprocessing.parent_process().sentinel, 0)  # type: ignore[union-attr]  # of the sweep, to end with it
+        os.execv(sys.executable, [sys.executable, "-m", "runner.trials", json.dumps(asdict(job)), "--leader"])
     torch.set_num_threads(job.threads)
+    launch.shared[:] = [job.threads]
 
 
 def _outlive(leader: Any) -> None:

@@ -8,8 +8,9 @@ import sys
 import textwrap
 import time
 
+import psutil
 import pytest
-from test_sweep import board, run, words
+from test_sweep import board, run, wait_until, words
 
 from runner import launch, manifest, trials
 from runner.errors import ConfigError
@@ -138,6 +139,9 @@ def test_trials_share_out_the_devices(monkeypatch):
 
 
 def test_trials_share_out_the_cores(monkeypatch):
+    with monkeypatch.context() as trial:
+        trial.setattr(launch, "shared", [8])
+        assert launch.threads(3) == 2
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert launch.threads(2) == 3
     monkeypatch.delenv("OMP_NUM_THREADS")
@@ -196,6 +200,33 @@ def test_what_ends_a_sweep_does_not_end_the_server_of_its_trials(tmp_path, monke
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a trial waits for its config at a FIFO")
+def test_a_trial_that_begins_afresh_ends_with_its_sweep(tmp_path):
+    os.mkfifo(tmp_path / "config.yaml")
+    (tmp_path / "manifest.json").write_text("{}")
+    code = f"""
+        import multiprocessing, os, sys, time, types
+        from runner import trials
+
+        def begin(job):
+            sys.modules["torch"] = types.SimpleNamespace(cuda=types.SimpleNamespace(_is_in_bad_fork=lambda: True))
+            trials._prepare_torch(job)
+
+        job = trials.Job({str(tmp_path)!r}, {{}}, {{}}, [], {{}}, 1)
+        process = multiprocessing.get_context("fork").Process(target=begin, args=(job,))
+        process.start()
+        print(process.pid, flush=True)
+        process.join()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as leader:
+        trial = psutil.Process(int(leader.stdout.readline()))
+        wait_until(lambda: (tmp_path / "runner.log").exists())  # it works, as a command
+        assert "--leader" in trial.cmdline()
+        leader.kill()
+    wait_until(lambda: not trial.is_running() or trial.status() == psutil.STATUS_ZOMBIE, 10)
 
 
 @pytest.mark.parametrize("status", ["created", "preempted", "running"])
