@@ -82,7 +82,7 @@ class Sweep:
 
     def __init__(self, plan: Plan, directory: Path, arguments: list[str]) -> None:
         self.plan, self.directory, self.arguments = plan, directory, arguments
-        self.places = trials.devices(plan.search.gpus_per_trial, plan.search.n_jobs)
+        self.places = None if plan.launcher else trials.devices(plan.search.gpus_per_trial, plan.search.n_jobs)
         resumed = plan.search.resume is not None
         self.study = journal.open_study(directory, plan.identity(), plan.directions, resumed=resumed)
         self.began, self.running = time.monotonic(), list[Trial]()
@@ -153,9 +153,9 @@ class Sweep:
             about = {"journal": f"../{journal.JOURNAL}", "number": number}
             about |= {"objective": self.plan.objectives[0], "pruner": self.plan.search.pruner}
             (run_dir / journal.TRIAL).write_text(json.dumps(about), encoding="utf-8")
-        slot = self.free.pop(0)
-        own = {"CUDA_VISIBLE_DEVICES": ",".join(self.places[slot])} if self.places else {}
-        environment = composed.environment | own
+        slot, own = self.free.pop(0), bool(self.plan.search.gpus_per_trial) or trials.takes_one_device(composed.config)
+        devices = {"CUDA_VISIBLE_DEVICES": ",".join(self.places[slot])} if self.places and own else {}
+        environment = composed.environment | devices
         shown = [text.removeprefix("++") for text in overrides]
         count = launch.threads(self.plan.search.n_jobs)
         told = [f"++hydra.job.env_set.{key}='{value}'" for key, value in environment.items()]

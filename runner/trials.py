@@ -165,19 +165,29 @@ def judge(run_dir: Path, code: int, stopped: str, seconds: float | None) -> tupl
 def devices(per_trial: int | None, slots: int) -> list[list[str]] | None:
     """Share out the machine's devices; None where every trial sees all.
 
+    Args:
+        per_trial: That each has to itself; None: trials side by side see one each, which some may share.
+        slots: Trials side by side.
+
     Raises:
         ConfigError: There are too few.
     """
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")  # empty, or -1: they are hidden
+    every = [str(i) for i in range(hardware.installed_gpus())] if named is None else named.split(",")
+    found = [one for one in every if one not in ("", "-1")]
     if per_trial is None:
-        return None
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = named.split(",") if named else [str(i) for i in range(hardware.installed_gpus())]
+        return [[found[slot % len(found)]] for slot in range(slots)] if slots > 1 and found else None
     if per_trial * slots > len(found):
         raise ConfigError(
             f"search.gpus_per_trial={per_trial} with search.n_jobs={slots} needs {per_trial * slots} devices, found "
             f"{len(found)}. Type search.n_jobs={len(found) // per_trial or 1}, or leave search.gpus_per_trial out."
         )
     return [found[slot * per_trial : (slot + 1) * per_trial] for slot in range(slots)]
+
+
+def takes_one_device(config: dict[str, Any]) -> bool:
+    """Tell whether a run is one process, which names no second device."""
+    return (config.get("launch") or {}).get("processes", 1) == 1 and not config["trainer"].get("reward_device")
 
 
 def _context() -> Any:

@@ -25,6 +25,7 @@ from runner.config import flat, option_names
 from runner.errors import ConfigError
 from runner.leaderboard import Row
 from runner.run import run as train
+from runner.trials import Trial
 
 KILLS = 4  # of one sweep, at random moments
 RATE = "trainer.learning_rate=tag(log,interval(1e-4,1e-1))"
@@ -389,6 +390,24 @@ def one(tmp_path):
     manifest.create(tmp_path / "0", argv=[])
     manifest.update(tmp_path / "0", status="running")
     return found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "seen"),
+    [
+        ([], "6"),
+        (["launch=ddp"], None),
+        (["launch=ddp", "search.gpus_per_trial=1"], "6"),
+        (["hydra/launcher=submitit_local"], None),
+    ],
+)
+def test_trials_side_by_side_see_a_device_each(overrides, seen, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.setattr(Trial, "start", lambda trial: None)
+    plan = search.read(["seed=1,2", "search.n_jobs=2", *overrides])
+    found = sweep.Sweep(plan, tmp_path, [])
+    assert found.fill()
+    assert [trial.job.environment.get("CUDA_VISIBLE_DEVICES") for trial in found.running] == [seen and "4", seen]
 
 
 @pytest.mark.parametrize(("told", "status"), [(0, "killed"), (130, "preempted")])

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from test_sweep import board, run, wait_until, words
 
-from runner import launch, manifest, trials
+from runner import compose, hardware, launch, manifest, trials
 from runner.errors import ConfigError
 
 FAULTS = """
@@ -132,10 +132,34 @@ def test_a_trial_without_a_manifest_is_told_of_by_its_log(tmp_path):
 
 def test_trials_share_out_the_devices(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
-    assert trials.devices(None, 2) is None
     assert trials.devices(2, 2) == [["2", "3"], ["5", "7"]]
     with pytest.raises(ConfigError, match="needs 6 devices, found 4"):
         trials.devices(3, 2)
+
+
+def test_trials_side_by_side_take_turns_at_the_devices_that_are_to_be_seen(monkeypatch, tmp_path):
+    for number in range(3):
+        (tmp_path / str(number)).touch()
+    monkeypatch.setattr(hardware, "GPUS", tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert trials.devices(None, 1) is None
+    assert trials.devices(None, 3) == [["4"], ["6"], ["4"]]
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert trials.devices(None, 2) is None
+        with pytest.raises(ConfigError, match="needs 1 devices, found 0"):
+            trials.devices(1, 1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert trials.devices(None, 4) == [["0"], ["1"], ["2"], ["0"]]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "one"),
+    [([], True), (["launch=ddp"], False), (["trainer=ppo"], True),
+     (["trainer=ppo", "reward=unique_chars", "trainer.reward_device='cuda:1'"], False)],
+)  # fmt: skip
+def test_a_trial_of_several_devices_sees_all(overrides, one):
+    assert trials.takes_one_device(compose.compose(overrides, check=False).config) is one
 
 
 def test_trials_share_out_the_cores(monkeypatch):
