@@ -120,10 +120,10 @@ def _interpolation_danger(path: str, value: str) -> list[str]:
     inside_hydra = path in {"hydra", "hydra.job"} or path.startswith(ACTED_ON)
     if "${" in value and value not in (LOG_FILE, JOB_FOLDER) and (inside_hydra or re.search(r"\$\{[^}:]*\$", value)):
         return [f"{path}={value!r} is refused: no interpolation may stand here, or choose a resolver."]
-    for resolver, argument in re.findall(r"\$\{\s*([\w.]+)\s*:([^}]*)", value):
+    for resolver, argument in re.findall(r"\$\{\s*([\w.]+)\s*:(?=([^},]*))", value):  # and those in an argument
         if resolver not in RESOLVERS:
             return [f"{path}={value!r} is refused: the resolver {resolver!r} is not one of {sorted(RESOLVERS)}."]
-        if resolver == "oc.env" and argument.split(",")[0].strip() not in READABLE_ENV:
+        if resolver == "oc.env" and argument.strip() not in READABLE_ENV:
             return [f"{path}={value!r} is refused: a config may read only {sorted(READABLE_ENV)} from the environment."]
     return []
 

@@ -34,6 +34,8 @@ HOSTILE = {
     "an environment variable set": "hydra: {job: {env_set: {PATH: /tmp}}}",
     "a secret read": "output_dir: 'outputs/${oc.env:HF_TOKEN}'",
     "an unknown resolver": "output_dir: '${oc.create:x}'",
+    "a secret in place of what is not set": "trainer: {run_name: '${oc.env:SCRATCH,${oc.env:DATABASE_URL}}'}",
+    "an unknown resolver in an argument": "trainer: {run_name: '${oc.env:SCRATCH,${oc.decode:x}}'}",
     "logging by interpolation": "trainer: {gradient_checkpointing_kwargs: {'()': os._exit, status: 7}}\n"
     "hydra: {job_logging: {handlers: {file: '${trainer.gradient_checkpointing_kwargs}'}}}",
     "environment by interpolation": "dataset: {rename: {PATH: /tmp}}\nhydra: {job: {env_set: '${dataset.rename}'}}",
@@ -90,6 +92,7 @@ def files_under(*folders):
 def test_a_hostile_recipe_is_refused_and_has_no_effect(name, tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("DATABASE_URL", "here")
     recipe, imported = write_recipe(tmp_path, HOSTILE[name]), set(sys.modules)
     before = files_under(tmp_path, CONF)
     assert refusal("experiment=mine", **recipe)
