@@ -12,9 +12,9 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from runner import compose, console, lean, resume
-from runner.config import CONF, find_faults, group_names, option_names
+from runner.config import CONF, find_idle, find_secrets, group_names, option_names
 from runner.errors import ConfigError, RunPreempted, RunPruned, RunStopped
-from runner.redaction import Scrubbing, scrub
+from runner.redaction import Scrubbing
 
 log = logging.getLogger("runner")
 
@@ -36,7 +36,7 @@ Groups and their options:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def task(composed: DictConfig) -> float | None:
+def task(composed: DictConfig) -> None:
     """Run one job in the directory that Hydra made for it."""
     from hydra.core.hydra_config import HydraConfig
 
@@ -47,16 +47,12 @@ def task(composed: DictConfig) -> float | None:
     for handler in logging.getLogger().handlers:
         handler.addFilter(Scrubbing())
     try:
-        if faults := find_faults(config, choices):
-            raise ConfigError("\n".join(faults))
         write_run(run_dir, config, choices, [text.removeprefix("++") for text in about.overrides.task])
-        return start(run_dir)
-    except RunPreempted as error:
-        log.warning("The run ended early: %s. Go on with: %s", error, resume.command(run_dir))
-        sys.exit(error.code)
-    except (ConfigError, RunStopped) as error:
+    except ConfigError as error:
         log.error("%s", error)
         sys.exit(console.exit_code(error))
+    if code := follow(run_dir):
+        sys.exit(code)
 
 
 def write_run(
@@ -67,13 +63,12 @@ def write_run(
     What a sweep tries is no part of its runs: a trial is the run that it would be alone.
 
     Raises:
-        ConfigError: The directory holds a run, or the config a secret.
+        ConfigError: The directory holds a run.
     """
     from runner import manifest
 
     config = {**{k: v for k, v in config.items() if k != "search"}, "output_dir": str(run_dir)}
     choices = {k: v for k, v in choices.items() if k != "search"}
-    refuse_secrets(config)
     try:
         with (run_dir / "config.yaml").open("x", encoding="utf-8") as file:
             file.write(OmegaConf.to_yaml(OmegaConf.create(config)))
@@ -81,16 +76,13 @@ def write_run(
         raise ConfigError(
             f"{run_dir} holds a run already, and none is overwritten. Type another output_dir=..."
         ) from None
-    manifest.create(run_dir, argv=argv or typed, choices=choices, overrides=overrides)
+    idle = find_idle(config, {text.lstrip("+~").partition("=")[0] for text in overrides})
+    for text in idle:
+        log.warning("%s", text)
+    manifest.create(run_dir, argv=argv or typed, choices=choices, overrides=overrides, no_effect=idle)
 
 
-def refuse_secrets(*written: Any) -> None:
-    """Raise ConfigError where what will be written to disk holds what looks like a secret."""
-    if scrub(list(written)) != list(written):
-        raise ConfigError("The config holds what looks like a secret, and it is written to disk: use the environment.")
-
-
-def start(run_dir: Path, here: dict[str, Any] | None = None) -> float | None:
+def start(run_dir: Path, here: dict[str, Any] | None = None) -> None:
     """Run one directory in this process, or in several, and compare its metrics with what its recipe expects.
 
     Args:
@@ -120,7 +112,6 @@ def start(run_dir: Path, here: dict[str, Any] | None = None) -> float | None:
         if faults:
             raise RunStopped("The run is completed, and not as expected: " + "; ".join(faults))
         log.info("All metrics are as expected: %s", ", ".join(config["expect"]))
-    return metrics.get("eval_loss")
 
 
 def main() -> None:
@@ -257,6 +248,11 @@ def go_on(run_dir: Path, here: dict[str, Any] | None = None, *, terminal: bool =
     from runner import manifest
 
     console.set_up_logs(None if manifest.rank() else run_dir, terminal=terminal)
+    return follow(run_dir, here)
+
+
+def follow(run_dir: Path, here: dict[str, Any] | None = None) -> int:
+    """Run a directory, log how it ended and return the exit code; ``here`` is as in ``start``."""
     try:
         start(run_dir, here)
     except RunPreempted as error:
@@ -292,7 +288,8 @@ def prepare(argv: list[str], *, again: bool = False) -> list[str]:
 
         return options + overrides + search.prepare(arguments.overrides, **where)
     checked = compose.compose(arguments.overrides, **where)
-    refuse_secrets(checked.config, arguments.overrides)  # before Hydra writes any of it
+    if secrets := find_secrets(dict(word.lstrip("+~").partition("=")[::2] for word in arguments.overrides)):
+        raise ConfigError("\n".join(secrets))  # before Hydra writes them, as those for itself
     if "search" in checked.config and not only_shown:
         raise ConfigError("search has no effect on one run: type -m for a sweep, or search=null.")
     if not only_shown:
@@ -312,13 +309,17 @@ def probe(argv: list[str]) -> None:
     """Check a run with one step on its longest rows, in a process of its own: it may run out of memory.
 
     Raises:
-        ConfigError: It found something to correct, or did not come to its end.
+        ConfigError: It found something to correct, or did not come to its end; or others wait for this process.
     """
+    if "WORLD_SIZE" in os.environ:
+        raise ConfigError(
+            "probe=true cannot be done where a launcher started this process as one of several: they would wait. Type "
+            "python -m runner.check ... check.probe=true before, and leave it out here."
+        )
     done = subprocess.run([sys.executable, "-m", "runner.check", *argv, "check.probe=true"], check=False)
     if done.returncode:
-        why = (
-            "see above" if done.returncode > 0 else f"it was ended by signal {-done.returncode}, as by a lack of memory"
-        )
+        killed = f"it was ended by signal {-done.returncode}, as by a lack of memory"
+        why = "see above" if done.returncode > 0 else killed
         raise ConfigError(f"The probe did not succeed: {why}. Correct that, or type probe=false to train all the same.")
 
 

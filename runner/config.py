@@ -11,6 +11,7 @@ from typing import Any
 
 from runner import engines, formats, schema, trainer_source, views
 from runner.errors import ConfigError
+from runner.redaction import scrub
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -72,13 +73,13 @@ RENAMED = {
 
 
 def find_faults(config: dict[str, Any], choices: dict[str, str]) -> list[str]:
-    """Return every unknown key, wrong type and missing value of a resolved config, one sentence each.
+    """Return every unknown key, wrong type, missing value and secret of a resolved config, one sentence each.
 
     Args:
         config: The resolved config, without Hydra's own node.
         choices: The chosen option of each group, for the messages.
     """
-    faults: list[str] = []
+    faults = find_secrets(config)
     known = schema.own_fields(schema.Root)
     left_out = {group for group in schema.OPTIONAL if not isinstance(config.get(group), dict)}
     groups = {*schema.GROUPS, *UPSTREAM} - left_out
@@ -160,6 +161,12 @@ def _conflicts(config: dict[str, Any], choices: dict[str, str]) -> list[str]:
         except ConfigError as error:
             found.append(str(error))
     return found
+
+
+def find_secrets(tree: dict[str, Any]) -> list[str]:
+    """Return a sentence on the keys whose values look like secrets, if any do: all that is typed is written to disk."""
+    keys = ", ".join(changes(tree, scrub(tree)))
+    return [f"{keys} holds what looks like a secret, and is written to disk: use the environment."] if keys else []
 
 
 def accumulation(global_batch_size: int, trainer: dict[str, Any], processes: int) -> int | None:
@@ -277,17 +284,20 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:
-    """Return the leaves in which two trees differ, by dotted path, each with both values; None where it is missing."""
+def changes(old: dict[str, Any], new: dict[str, Any], missing: Any = None) -> dict[str, list[Any]]:
+    """Return the leaves in which two trees differ, by dotted path, each with both values, or what stands for none."""
     one, other = flat(old), flat(new)
-    return {key: [one.get(key), other.get(key)] for key in sorted(one | other) if one.get(key) != other.get(key)}
+    pairs = {key: [one.get(key, missing), other.get(key, missing)] for key in sorted(one | other)}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def put(tree: dict[str, Any], path: str, value: Any) -> None:
-    """Set a leaf of nested dicts by its dotted path."""
+    """Set a leaf of nested dicts by its dotted path, or raise ConfigError where a part of it is no group of keys."""
     *parents, last = path.split(".")
     for parent in parents:
-        tree = tree.setdefault(parent, {})
+        tree[parent] = tree = {} if tree.get(parent) is None else tree[parent]
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path} does not exist: {parent} is {tree!r}, and has no keys.")
     tree[last] = value
 
 

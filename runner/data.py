@@ -308,7 +308,7 @@ def _read(
     """Read a slice."""
     where = f"{label} {spec}"
     found = [row for name, start, stop in ranges for row in splits[name].rows(start, stop)]
-    if rename:
+    if rename and any(not isinstance(row, BadRow) for _, row in found):
         found = _rename(found, rename, where)
     if format_name == "auto":
         format_name = _recognise(found, where)

@@ -80,17 +80,14 @@ def _launch() -> dict[str, Any]:
 
 
 def _dataset() -> dict[str, Any]:
-    closed = _closed(schema.own_fields(schema.Dataset) | schema.keyword_fields("arithmetic", "arithmetic"), "dataset")
+    closed = _closed(schema.own_fields(schema.Dataset) | schema.keyword_fields("arithmetic"), "dataset")
     closed["properties"]["sources"] = {"type": "object", "additionalProperties": {"$ref": "#/$defs/dataset"}}
     return closed
 
 
 def _reward() -> dict[str, Any]:
     """Return the reward node: our functions' options, or anything for a function of the person's own."""
-    known = schema.own_fields(schema.Reward)
-    for function in ("exact_match", "unique_chars", "length", "format"):
-        known |= schema.keyword_fields("rewards", function)
-    closed = _closed(known, "reward")
+    closed = _closed(schema.own_fields(schema.Reward) | schema.keyword_fields("rewards"), "reward")
     closed["properties"]["terms"] = {"type": "object", "additionalProperties": {"$ref": "#/$defs/reward"}}
     closed["properties"]["model"] = {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/model"}]}
     foreign = {"type": "object", "required": ["function"], "properties": {"function": {"pattern": r"\."}}}

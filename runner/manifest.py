@@ -12,6 +12,7 @@ Fields:
     argv: what was typed
     overrides: what of it was for the config
     choices: the option of each group
+    no_effect: what was typed and has no effect, with the reason
     resumes: for each time that the run went on: its status before, and the keys and the processes that were changed
     config_sha256: digest of config.yaml
     git: commit, changed files and diff of the repository around the working directory

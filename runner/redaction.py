@@ -32,7 +32,7 @@ _NAME_BEFORE = re.compile(r"[\w.-]*$")
 _OPTION = re.compile(r"--?([\w.-]+)")
 _OVERRIDE = re.compile(r"[-+~]*[\w.@/-]+")
 _SHAPES = re.compile(  # what a token looks like wherever it stands
-    r"\bhf_(?:(?=[A-Za-z]*\d)[A-Za-z0-9]{10,}|[A-Za-z0-9]{20,})|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"
+    r"\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"
     r"|\bsk-[A-Za-z0-9_-]{20,}|\bglpat-[\w-]{20,}|\bxox[a-z]-[\w-]{10,}|\bAKIA[0-9A-Z]{16}\b"
     r"|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from runner import compose, manifest, reference
-from runner.config import changes, flat
+from runner.config import changes, find_faults, flat
 from runner.errors import ConfigError, RunPreempted, RunStopped
 from runner.safety import RUN_CODE, find_dangers
 
@@ -64,16 +64,16 @@ def replay(run_dir: Path, output_dir: Path | None = None, **workers: int) -> str
     config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     if code := [key for key, value in flat(config).items() if value and key.rpartition(".")[2] in RUN_CODE]:
         raise ConfigError(f"{run_dir} cannot be replayed: {', '.join(code)} runs code that only typing it can allow.")
-    if dangers := find_dangers(config, set()):
-        raise ConfigError("\n".join(dangers))
     if wrong := sorted(workers.keys() - WORKERS):
         raise ConfigError(
             f"A replay cannot change {', '.join(wrong)}: it would be another run. It can {sorted(WORKERS)}."
         )
     for key, number in workers.items():
         config["trainer"][key.removeprefix("trainer.")] = number
+    if faults := find_dangers(config, set()) or find_faults(config, record.get("choices") or {}):
+        raise ConfigError("\n".join(faults))
     config["check_expected"] = False  # it is compared with the run, not with its recipe
-    again = compose.claim(output_dir or run_dir.with_name(f"{run_dir.name}_replay"))
+    again = compose.claim(output_dir or (there := run_dir.resolve()).with_name(f"{there.name}_replay"))
     write_run(again, config, record.get("choices") or {}, record.get("overrides") or [])
     before = manifest.read(again)
     for line in differences(record, before, [name for name in GIVEN if name in before]):

@@ -11,12 +11,11 @@ from omegaconf import OmegaConf
 from runner import disk, manifest
 from runner.config import changes, find_faults, flat, put
 from runner.errors import ConfigError
-from runner.redaction import scrub
 from runner.safety import RUN_CODE, as_typed, find_dangers
 
 # Keys that cannot change what is learnt: how often something is said or kept, and to whom.
 HARMLESS = {
-    *("output_dir", "max_seconds", "allow_code", "check_expected", "probe"),
+    *("output_dir", "max_seconds", "allow_code", "check_expected", "expect", "probe"),
     *("launch.node_rank", "launch.rendezvous", "launch.start_timeout"),
     *(f"trainer.{key}" for key in ("logging_steps", "save_total_limit", "report_to", "run_name", "disable_tqdm")),
     *(f"trainer.{key}" for key in ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy")),
@@ -54,16 +53,13 @@ def prepare(run_dir: Path, typed: dict[str, Any], *, allow_changes: bool, config
         put(after, key, value)
     if faults := find_faults(after, record.get("choices") or {}):
         raise ConfigError("\n".join(faults))
-    if scrub(after) != after:
-        raise ConfigError(
-            "What was typed holds what looks like a secret, and it is written to disk: use the environment."
-        )
     _refuse_code(run_dir, after, typed)
     changed, new = changes(before, after), flat(after)
     harmless = HARMLESS | (set() if new.get("trainer.load_best_model_at_end") else UNCHOSEN)
     if new.get("global_batch_size") and "global_batch_size" not in changed:
         harmless |= {"launch.processes", "launch.nodes"}  # which then share the same steps
     constant = new.get("trainer.lr_scheduler_type") == "constant"  # the others also warm up by a share of the steps
+    harmless |= {key for key in changed if key.startswith("expect.")}
     told = {key: pair for key, pair in changed.items() if key not in harmless and not _longer(key, pair, constant)}
     if told and not allow_changes:
         listed = ", ".join(f"{key} from {a} to {b}" for key, (a, b) in told.items())

@@ -216,8 +216,10 @@ def _own_type(kind: Any) -> tuple[Any, str]:
     return kind, kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 
-def keyword_fields(module: str, function: str) -> dict[str, Field]:
+def keyword_fields(module: str, function: str | None = None) -> dict[str, Field]:
     """Return the keyword-only parameters of one of our own functions, as keys of the option that names it.
+
+    Without a name, those of all functions of the module that an option may name.
 
     Raises:
         ConfigError: The module has no such function.
@@ -230,12 +232,13 @@ def keyword_fields(module: str, function: str) -> dict[str, Field]:
         for n in tree.body
         if isinstance(n, ast.FunctionDef) and (first is None or [a.arg for a in n.args.args][:1] == [first])
     }
-    if function not in public:
+    if function is not None and function not in public:
         raise ConfigError(f"runner.{module} has no {function!r}; choose one of {sorted(public)}.")
-    arguments = public[function].args
     return {
         a.arg: Field(partial(_read_type, a.annotation, path), required=default is None)
-        for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+        for name, node in public.items()
+        if function in (None, name)
+        for a, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
     }
 
 

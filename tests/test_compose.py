@@ -7,8 +7,8 @@ from dataclasses import fields
 
 import pytest
 
-from runner import compose, trainer_source
-from runner.__main__ import help_page
+from runner import compose, manifest, trainer_source
+from runner.__main__ import help_page, prepare, write_run
 from runner.config import find_idle
 from runner.errors import ConfigError
 
@@ -147,6 +147,33 @@ def test_no_steps_at_all_are_said_to_mean_epochs():
         "trainer.max_steps has no effect: 0 is as -1: epochs tell the length."
     ]
     assert find_idle(compose.compose(["trainer.max_steps=3"]).config, ["trainer.max_steps"]) == []
+
+
+def test_a_run_says_and_records_what_was_typed_without_effect(tmp_path, caplog):
+    composed = compose.compose(words := ["trainer.eval_steps=50"])
+    write_run(tmp_path, composed.config, composed.choices, words)
+    text = "trainer.eval_steps has no effect: trainer.eval_strategy is not steps."
+    assert manifest.read(tmp_path)["no_effect"] == [text]
+    assert text in caplog.messages
+
+
+def test_a_secret_is_refused_by_its_key_and_not_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    secret = "hf_" + "a1" * 17
+    message = refusal(f"trainer.run_name={secret}", "trainer.bta=1")
+    assert "trainer.run_name holds what looks like a secret" in message
+    assert "trainer.beta" in message  # beside all other faults
+    with pytest.raises(ConfigError, match=r"^hydra\.job\.env_set\.WANDB_PROJECT holds what looks like a secret"):
+        prepare([f"+hydra.job.env_set.WANDB_PROJECT={secret}"])
+    assert secret not in message
+
+
+def test_a_probe_is_refused_where_others_would_wait_for_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"they would wait. Type python -m runner\.check"):
+        prepare(["probe=true"])
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_an_evaluation_without_rows_is_refused():

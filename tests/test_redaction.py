@@ -40,6 +40,7 @@ def test_secrets_leave_a_text(text, clean):
         "max_tokens=100 token_id: 5 tokenizer=bpe n_tokens=3",
         "def f(token: str | None = None, key: int = 0)",
         "hf_transfer hf_hub_download swordfish-2 https://host/x?n=1 user@host",
+        "dataset.path=data/hf_ultrachat200k.jsonl output_dir=outputs/hf_smollm2instruct",
         "answer_token=#### loss_per_token=0.25 hub_token=null api_key: ${oc.env:KEY}",
     ],
 )

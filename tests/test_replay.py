@@ -1,11 +1,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from test_run import BATCH, QUICK, SMALL, extras, start
 
-from runner import manifest, replay
+from runner import compose, manifest, replay
+from runner.__main__ import write_run
 from runner.config import option_names
 from runner.errors import ConfigError
 
@@ -41,6 +43,15 @@ def test_a_replay_changes_nothing_that_could_change_the_result(llama_dir, tmp_pa
         replay.replay(run_dir, **{"trainer.seed": 7})
 
 
+def test_a_replay_of_what_is_wrong_is_refused_before_there_is_a_directory(tmp_path):
+    composed = compose.compose([f"output_dir={tmp_path / 'run'}"])
+    write_run(run_dir := compose.claim(composed.run_dir), composed.config, composed.choices, [])
+    manifest.update(run_dir, status="completed")
+    with pytest.raises(ConfigError, match="dataloader_num_workers takes int, found 'two'"):
+        replay.replay(run_dir, **{"trainer.dataloader_num_workers": "two"})
+    assert list(tmp_path.iterdir()) == [run_dir]
+
+
 def test_a_replay_names_the_first_step_where_it_parts_and_by_how_much(llama_dir, tmp_path):
     run_dir, _ = start(tmp_path, f"model.name_or_path={llama_dir}")
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -52,10 +63,12 @@ def test_a_replay_names_the_first_step_where_it_parts_and_by_how_much(llama_dir,
     assert found.endswith("by 0.5")
 
 
-def test_weights_are_compared_too(llama_dir, tmp_path):
+def test_weights_are_compared_too_and_the_run_may_be_the_directory_one_is_in(llama_dir, tmp_path, monkeypatch):
     run_dir, _ = start(tmp_path, f"model.name_or_path={llama_dir}")
     manifest.update(run_dir, result_sha256="0" * 64)
-    assert replay.replay(run_dir) == "All metrics are the same, and the final weights are not"
+    monkeypatch.chdir(run_dir)
+    assert replay.replay(Path()) == "All metrics are the same, and the final weights are not"
+    assert (tmp_path / "run_replay" / "model").is_dir()
 
 
 def test_what_is_not_as_it_was_is_named(llama_dir, tmp_path, caplog):

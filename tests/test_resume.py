@@ -1,6 +1,7 @@
 """Runs that end early and go on: with what they had, or not at all."""
 
 import json
+import re
 import signal
 from datetime import UTC, datetime
 from pathlib import Path
@@ -188,7 +189,15 @@ def ended(tmp_path):
     return run_dir
 
 
-@pytest.mark.parametrize("typed", [{"trainer.logging_steps": 1}, {"trainer.report_to": "tensorboard"}, {}])
+@pytest.mark.parametrize(
+    "typed",
+    [
+        {"trainer.logging_steps": 1},
+        {"trainer.report_to": "tensorboard"},
+        {"expect.eval_loss": [0, 1], "check_expected": True},
+        {},
+    ],
+)
 def test_what_cannot_change_the_result_may_change_and_is_recorded(ended, typed):
     assert resume.prepare(ended, typed, allow_changes=False)
     (event,) = manifest.read(ended)["resumes"]
@@ -248,6 +257,18 @@ def test_a_stranger_cannot_leave_code_in_a_config(ended):
 def test_a_misspelt_change_is_refused_as_everywhere(ended):
     with pytest.raises(ConfigError, match=r"did you mean trainer\.logging_steps"):
         resume.prepare(ended, {"trainer.loging_steps": 1}, allow_changes=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "answer"),
+    [
+        ("value_model.x", "value_model.x does not exist"),
+        ("model.name_or_path.x", "name_or_path is 'embedded:smollm135m', and has no keys"),
+    ],
+)
+def test_a_key_below_what_has_none_is_refused(ended, key, answer):
+    with pytest.raises(ConfigError, match=re.escape(answer)):
+        resume.prepare(ended, {key: 1}, allow_changes=False)
 
 
 def test_a_run_that_still_runs_is_left_alone(ended):

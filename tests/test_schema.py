@@ -78,5 +78,6 @@ def test_the_removed_ppo_names_the_versions_that_had_it():
 def test_keyword_fields_are_the_options_of_our_functions():
     assert schema.keyword_fields("rewards", "format")["pattern"].required
     assert schema.keyword_fields("arithmetic", "arithmetic")["train_rows"].type is int
+    assert {"pattern", "target", "symbol"} & schema.keyword_fields("rewards").keys()
     with pytest.raises(ConfigError, match="exact_match"):
         schema.keyword_fields("rewards", "nonsense")

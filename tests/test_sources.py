@@ -125,6 +125,11 @@ def test_columns_are_renamed_before_the_format_is_recognised(tmp_path):
     assert load(path, rename={"question": "prompt", "reply": "completion"})[0].rows == ROWS
 
 
+def test_renaming_does_not_hide_that_no_line_can_be_read(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{not json}\n" * 2)
+    assert "rows.jsonl:1: " in refusal(str(tmp_path / "rows.jsonl"), rename={"question": "prompt"})
+
+
 def test_renaming_can_swap(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
     train, _ = load(path, reads="preference", rename={"chosen": "rejected", "rejected": "chosen"})
