@@ -25,8 +25,8 @@ from typing import Any
 
 from runner import compose, findings, lean
 from runner.checkup import Check, Passed, say, size, table
-from runner.config import find_idle, flat, group_names
-from runner.errors import ConfigError
+from runner.config import changes, find_idle, group_names
+from runner.errors import ConfigError, RunStopped
 from runner.findings import Finding
 
 READING_ORDER = ("experiment", "trainer", "model", "dataset", "peft", "quantization", "reward")
@@ -71,15 +71,15 @@ def check(words: Sequence[str]) -> Check:
     arguments = compose.parse_arguments(rest)
     if arguments.multirun or arguments.cfg or any(word.startswith("resume") for word in rest):
         raise ConfigError("A check looks at one run that has not begun: leave out -m, --cfg and resume=.")
-    composed = compose.compose(arguments.overrides, **compose.places(arguments))
-    done = Check(options, policies, composed, arguments.overrides)
+    where = compose.places(arguments)
+    done = Check(options, policies, compose.compose(arguments.overrides, **where), arguments.overrides, where)
     notes = _Notes(done)
     logger = logging.getLogger("runner")
     logger.addHandler(notes)
     try:
         run_section(done, "Config", check_config)
         run_section(done, "Reach", check_reach)
-        lean.begin(lean.left_out(composed.config))
+        lean.begin(lean.left_out(done.config))
         from runner import exhibit, prospect  # and with them torch
 
         lean.settle()
@@ -150,7 +150,7 @@ def run_section(done: Check, title: str, section: Callable[[Check], dict[str, An
     except Passed as why:
         say(f"  not checked: {why}")
         done.facts[title.lower()] = {"not checked": str(why)}
-    except ConfigError as error:
+    except (ConfigError, RunStopped) as error:
         done.add(Finding(title.lower(), str(error)))
 
 
@@ -175,20 +175,17 @@ def check_config(done: Check) -> dict[str, Any]:
     order = dict.fromkeys([*READING_ORDER, *sorted(made)])
     choices = {group: made[group] for group in order if made.get(group) not in (None, "None", "null")}
     say("  " + " ".join(f"{group}={option}" for group, option in choices.items()))
-    mine, files = flat(done.config), flat(_files(done))
-    keys = sorted((mine | files).keys() - {"output_dir", "trainer.seed"})
-    changed = {
-        key: (mine.get(key, "-"), files.get(key, "-")) for key in keys if mine.get(key, "-") != files.get(key, "-")
-    }
+    changed = changes(_files(done), done.config, "-")
+    changed = {key: pair for key, pair in changed.items() if key not in ("output_dir", "trainer.seed")}
     table({key: f"{value!r}, {f'in the option files {file!r}' if file != '-' else 'not in the option files'}"
-           for key, (value, file) in changed.items()})  # fmt: skip
+           for key, (file, value) in changed.items()})  # fmt: skip
     if not changed:
         say("  every key as in the option files")
     touched = {*changed} | {text.lstrip("+~").partition("=")[0] for text in done.overrides}
     done.add(*(Finding("no_effect", text) for text in find_idle(done.config, touched)))
     return {
         "choices": choices,
-        "changed": {key: {"value": value, "files": file} for key, (value, file) in changed.items()},
+        "changed": {key: {"value": value, "files": file} for key, (file, value) in changed.items()},
     }
 
 
@@ -196,9 +193,10 @@ def _files(done: Check) -> dict[str, Any]:
     """Compose the chosen options alone."""
     choices = {g: o for g, o in done.composed.choices.items() if g != "experiment" and o not in ("None", "null")}
     main = [f"{group}={option}" for group, option in choices.items() if group in group_names() or "value_" in group]
-    known = compose.compose(main, check=False).choices
+    known = compose.compose(main, check=False, **done.where).choices
     nested = [f"{'' if group in known else '+'}{group}={option}" for group, option in choices.items() if "@" in group]
-    return compose.compose([*main, *(text for text in nested if "value_" not in text)], check=False).config
+    main += [text for text in nested if "value_" not in text]
+    return compose.compose(main, check=False, **done.where).config
 
 
 def check_reach(done: Check) -> dict[str, Any]:

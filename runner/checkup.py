@@ -18,6 +18,7 @@ class Check:
     policies: dict[str, str]
     composed: Composed
     overrides: list[str]
+    where: dict[str, Any]  # ``compose.places``: where options come from
     found: list[tuple[str, Finding]] = field(default_factory=list)  # each with its policy
     facts: dict[str, Any] = field(default_factory=dict)  # by section, for JSON
     absent: set[str] = field(default_factory=set)  # keys that name what is not here
@@ -58,7 +59,7 @@ class Check:
     def add(self, *found: Finding) -> None:
         """Print findings and keep them."""
         for one in found:
-            policy = self.policies.get(one.name, "fail")
+            policy = self.policies[one.name]
             self.found.append((policy, one))
             say(f"  {'FAULT' if policy == 'fail' else 'note '} {one.name}: {one.text}")
 

@@ -4,6 +4,7 @@ Bytes are those of one process. B sequences of a forward pass, L tokens of the l
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -312,37 +313,39 @@ def checkpoint_bytes(model: Model, optimizer: str) -> int:
     return round((4 + _states(optimizer)) * model.trainable)
 
 
-def nearest_fit(model: Model, work: Work, limit: float) -> str | None:
-    """Return what to type so that a training fits into ``limit`` bytes, the cheapest first; None if nothing helps."""
+def nearest_fit(model: Model, work: Work, limit: float, *, times: int | None) -> str | None:
+    """Return what to type so that a training fits into ``limit`` bytes, the cheapest first; None if nothing helps.
+
+    Args:
+        model: What trains.
+        work: What a step does.
+        limit: Bytes.
+        times: ``gradient_accumulation_steps``; None where it follows from ``global_batch_size``.
+    """
+    fits = (typed for typed, one, step in _savings(model, work, times) if estimate_memory(one, step)["peak"] <= limit)
+    return " ".join(f"{key}={value}" for key, value in next(fits, {}).items()) or None
+
+
+def _savings(model: Model, work: Work, times: int | None) -> Iterator[tuple[dict[str, str], Model, Work]]:
+    """Yield what to type to hold less and less, with what then trains and what a step then does."""
     typed: dict[str, str] = {}
     if not work.checkpointing:
         typed["trainer.gradient_checkpointing"], work = "true", replace(work, checkpointing=True)
-        if estimate_memory(model, work)["peak"] <= limit:
-            return _typed(typed)
+        yield typed, model, work
     sides = 2 if work.trainer in ("dpo", "reward", "orpo", "cpo") else 1
-    times = 1
-    while work.sequences // sides > 1:
+    rows = work.sequences // sides
+    while (each := work.sequences // 2 // sides) > 0:
         work = replace(work, sequences=work.sequences // 2, scored=work.scored / 2, accumulates=True)
-        times *= 2
-        typed["trainer.per_device_train_batch_size"] = str(work.sequences // sides)
-        typed["trainer.gradient_accumulation_steps"] = f"{times} times what it is"
-        if estimate_memory(model, work)["peak"] <= limit:
-            return _typed(typed)
+        typed["trainer.per_device_train_batch_size"] = str(each)
+        if times:
+            typed["trainer.gradient_accumulation_steps"] = str(round(times * rows / each))
+        yield typed, model, work
     if model.trainable == model.parameters:
-        few = round(0.03 * model.parameters)
-        typed["peft"] = "lora"
+        typed["peft"], few = "lora", round(0.03 * model.parameters)
         model, work = replace(model, trainable=few, head=0), replace(work, copies=0)
-        if estimate_memory(model, work)["peak"] <= limit:
-            return _typed(typed)
+        yield typed, model, work
     if work.cuda and model.weights > 1.5 * model.parameters:
-        typed["quantization"] = "nf4"
-        if estimate_memory(replace(model, weights=0.6 * model.parameters), work)["peak"] <= limit:
-            return _typed(typed)
-    return None
-
-
-def _typed(words: dict[str, str]) -> str:
-    return " ".join(f"{key}={value}" for key, value in words.items())
+        yield typed | {"quantization": "nf4"}, replace(model, weights=0.6 * model.parameters), work
 
 
 def _states(optimizer: str) -> float:

@@ -73,14 +73,9 @@ def check_view(done: Check) -> dict[str, Any]:
     if done.tokenizer is None or "train" not in done.audit:
         raise Passed("it needs rows and a tokenizer")
     done.arguments, _ = trainers.build_arguments(
-        done.config["trainer"],
-        done.composed.run_dir,
-        evaluates=done.rows.eval is not None,
-        global_batch_size=done.config.get("global_batch_size"),
-        planned=done.processes,
-        launch=done.config["launch"],
-        rows=len(done.rows.train),
-    )
+        done.config["trainer"], done.composed.run_dir, evaluates=done.rows.eval is not None, planned=done.processes,
+        global_batch_size=done.config.get("global_batch_size"), launch=done.config["launch"], rows=len(done.rows.train),
+    )  # fmt: skip
     examples = done.audit["train"]["examples"]
     learns = find_learnt(done.trainer, done.reads, done.read[0], done.arguments)
     if learns == "assistant" and "{% generation" not in str(done.tokenizer.chat_template):
@@ -134,10 +129,7 @@ def _ask_rewards(done: Check) -> dict[str, Any]:
     say(f"  columns that rewards get: {', '.join(name for name in row if name != 'prompt') or 'none'}")
     allowed = [*done.config["allow_code"], *os.environ.get("RUNNER_ALLOW_CODE", "").split(",")]
     scoring = rewards.build_rewards(
-        done.config["reward"],
-        columns=set(row),
-        load_model=lambda _: (_Unread(), None),
-        allowed=allowed,
+        done.config["reward"], columns=set(row), load_model=lambda _: (_Unread(), None), allowed=allowed
     )
     asked = score_answers(row, scoring)
     for name, says in asked.items():

@@ -12,6 +12,7 @@ POLICIES = {
     **dict.fromkeys(("no_supervised_token", "no_stop_token", "double_bos", "prompt_differs", "left_out"), "warn"),
     **dict.fromkeys(("reward_blind", "reward_order", "context", "few_rows", "memory", "launch", "note"), "warn"),
     **dict.fromkeys(("no_generation_markers", "disk", "trackers"), "fail"),
+    **dict.fromkeys(("config", "reach", "data", "view", "model", "plan", "probe"), "fail"),  # what a section raised
 }
 SHOWN = 3  # rows that a finding names
 

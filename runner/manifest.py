@@ -220,7 +220,7 @@ def recording(run_dir: str | Path) -> Iterator[None]:
     except BaseException as fault:
         try:
             ending = _ending(fault)
-            update(run_dir, **ending, peak_memory=_peak_memory())
+            update(run_dir, **ending, peak_memory=peak_memory())
             if (Path(run_dir) / "ranks").is_dir() and ending["status"] == "failed":
                 told = {**ending, "time": time.time(), "correctable": isinstance(fault, ConfigError)}
                 (Path(run_dir) / "ranks" / f"{rank()}.json").write_text(json.dumps(scrub(told)), encoding="utf-8")
@@ -228,7 +228,7 @@ def recording(run_dir: str | Path) -> Iterator[None]:
             logger.exception("%s could not be updated", Path(run_dir) / FILE)
         raise
     else:
-        update(run_dir, status="completed", peak_memory=_peak_memory())
+        update(run_dir, status="completed", peak_memory=peak_memory())
     finally:
         lock.release()
 
@@ -297,7 +297,7 @@ def _ending(fault: BaseException) -> dict[str, Any]:
     return {"status": status, "cause": cause, "traceback": text[-TRACEBACK_LIMIT:]}
 
 
-def _peak_memory() -> dict[str, int]:
+def peak_memory() -> dict[str, int]:
     """Return the peak memory of this process in bytes: of the host and, if CUDA was used, of its devices."""
     peak = {}
     with contextlib.suppress(ImportError):  # Windows has no resource module

@@ -1,7 +1,6 @@
 """The model, the length and the memory of a run that is checked; and a first step, where it is asked for."""
 
 import copy
-import sys
 import tempfile
 import time
 from dataclasses import asdict
@@ -10,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from runner import engines, estimate, foresight, hardware, reach, trainers
+from runner import console, engines, estimate, foresight, hardware, manifest, reach, trainers
 from runner.callbacks import duration
 from runner.checkup import Check, Passed, need, say, size, table
 from runner.findings import Finding, percent
@@ -18,7 +17,7 @@ from runner.findings import Finding, percent
 
 def check_model(done: Check) -> dict[str, Any]:
     """Count the model, its adapter and its value function on the meta device."""
-    need(done, "model.")
+    need(done, "model.", "value_model.")
     if done.arguments is None:
         raise Passed("it needs rows and a tokenizer")
     for key in reach.reward_models(done.config["reward"]) if done.reads == "prompt" else ():
@@ -93,7 +92,8 @@ def check_memory(done: Check) -> dict[str, Any]:
     there = hardware.memory_bytes(device)
     say(f"  peak of a process, about {size(parts['peak'])}" + (f" of {size(there)} ({device})" if there else ""))
     if there and parts["peak"] > there:
-        change = estimate.nearest_fit(done.model, work, there)
+        times = None if done.config.get("global_batch_size") else done.arguments.gradient_accumulation_steps
+        change = estimate.nearest_fit(done.model, work, there, times=times)
         hint = (
             f"This would fit: {change}" if change else "Choose a smaller model, or shorter rows (trainer.max_length)."
         )
@@ -107,31 +107,23 @@ def probe(done: Check) -> dict[str, Any]:
 
     Of each two, of PPO two rollouts, the second is timed: the first also pays for what is done once.
     """
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
+    console.quieten()
     if done.plan is None or done.failed:
         raise Passed("there is something to correct first")
     if engines.chosen(done.config["launch"]):
         raise Passed("it takes its step in one process, and this model is split over several")
     config, plan = copy.deepcopy(done.config), done.plan
     steps = getattr(done.arguments, "steps_per_rollout", 1)
-    quiet = {
-        "max_steps": 2 * steps,
-        "save_strategy": "no",
-        "eval_on_start": False,
-        "report_to": "none",
-        "push_to_hub": False,
+    config["trainer"] |= {
+        **{"save_strategy": "no", "eval_strategy": "no", "report_to": "none", "max_steps": 2 * steps},
+        **dict.fromkeys(("eval_on_start", "push_to_hub", "load_best_model_at_end"), False),
+        **{"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None},
+        "gradient_accumulation_steps": done.arguments.gradient_accumulation_steps,
+        **({"total_episodes": None} if done.trainer == "ppo" else {}),
     }
-    config["trainer"] |= {**quiet, "eval_strategy": "no"} | ({"total_episodes": None} if done.trainer == "ppo" else {})
     rows = _longest(done, plan.sequences)
-    held_out = (
-        done.rows.eval.select(range(min(len(done.rows.eval), done.arguments.per_device_eval_batch_size)))
-        if done.rows.eval is not None
-        else None
-    )
+    if (held_out := done.rows.eval) is not None:
+        held_out = held_out.select(range(min(len(held_out), done.arguments.per_device_eval_batch_size)))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         arguments, _ = trainers.build_arguments(config["trainer"], folder, evaluates=held_out is not None)
@@ -148,7 +140,8 @@ def probe(done: Check) -> dict[str, Any]:
             start = time.monotonic()
             trainer.evaluate()
             evaluation = time.monotonic() - start
-    peak = _peak()
+    held = manifest.peak_memory()
+    peak = held.get("device") or held.get("host", 0)
     whole = plan.steps * step
     table({
         "a step": f"{step:.2f} s, on the longest rows",
@@ -176,14 +169,3 @@ def _longest(done: Check, count: int) -> Any:
     counted = done.rows.ids["train"].select_columns("counts").to_list()
     order = sorted(range(len(counted)), key=lambda row: -max(one["total"] for one in counted[row]["counts"]))
     return done.rows.train.select(order[:count])
-
-
-def _peak() -> int:
-    """Return the most bytes that were held: on the device, or else in this process."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

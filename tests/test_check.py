@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from commands import run as command
 from tiny import TEMPLATE, save_tiny
 
@@ -286,6 +288,34 @@ def test_a_probe_takes_steps_with_the_weights(trainer, base, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["trainer.lr_scheduler_type=reduce_lr_on_plateau", "trainer.eval_strategy=epoch"],
+        ["trainer.load_best_model_at_end=true", "trainer.eval_strategy=epoch", "trainer.save_strategy=epoch"],
+    ],
+)
+def test_a_probe_needs_no_evaluation_in_between_and_takes_the_steps_of_the_plan(words, base, tmp_path, monkeypatch):
+    passes = []
+    step = transformers.Trainer.training_step
+    monkeypatch.setattr(transformers.Trainer, "training_step", lambda *a, **k: passes.append(0) or step(*a, **k))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    rows = write_rows(tmp_path / "rows", [{"prompt": "th", "completion": "z"}] * 16, [PLAIN])
+    small = ["check.probe=true", "trainer.per_device_train_batch_size=2", "global_batch_size=8", "trainer.use_cpu=true"]
+    done = check([*base, *rows, *small, *words, "trainer.learning_rate=1e-2", "trainer.warmup_steps=0"])
+    assert not done.failed, done.found
+    assert len(passes) == 2 * 4  # two steps, each of 8 rows in passes of 2
+    assert done.facts["probe"]["peak_bytes"] > 1e8
+
+
+@pytest.mark.slow
+def test_a_guard_that_ends_a_probe_is_a_finding(base, tmp_path):
+    rows = write_rows(tmp_path / "rows", [{"prompt": "th", "completion": "z"}] * 16)
+    wild = ["peft=none", "trainer.learning_rate=1e20", "trainer.max_grad_norm=0", "trainer.warmup_steps=0"]
+    assert "not finite" in found([*base, *rows, *wild, "check.probe=true"], "probe")[0][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     ("trainer", "more"),
     [("sft", ["trainer.packing=true", "trainer.max_length=16"]), ("grpo", ["trainer.num_generations=2"]),
      ("ppo", ["trainer.total_episodes=null", "trainer.num_mini_batches=1"])],
@@ -324,6 +354,32 @@ def test_every_recipe_is_checked_without_the_hub(recipe, tmp_path, capsys):
     done = check([f"experiment={recipe}", "check.reach=false", f"output_dir={tmp_path}", "model.name_or_path=no/such"])
     assert not done.failed
     assert "the hub is not asked" in capsys.readouterr().out
+
+
+def test_a_recipe_and_an_option_of_ones_own_are_checked_as_any_other(llama_dir, tmp_path):
+    for name, text in {
+        "model/mine.yaml": f"name_or_path: {llama_dir}",
+        "experiment/mine.yaml": "# @package _global_\ndefaults: [{override /model: mine}]\nseed: 7",
+    }.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    done = check([f"--config-dir={tmp_path}", "experiment=mine", *write_rows(tmp_path / "rows", [PLAIN])])
+    assert not done.failed
+    assert "model.name_or_path" not in done.facts["config"]["changed"]
+    assert done.facts["config"]["changed"]["seed"] == {"value": 7, "files": 42}
+
+
+def test_a_value_model_that_is_not_asked_for_is_passed_over(base, tmp_path, capsys):
+    words = [*base, *write_rows(tmp_path / "rows", [PLAIN] * 32), "trainer=ppo", "peft=none", "reward=unique_chars"]
+    done = check([*words, "model@value_model=pythia160m", "value_model.name_or_path=no/such", "check.reach=false"])
+    assert not done.failed
+    assert "not checked: value_model.name_or_path cannot be read from here" in capsys.readouterr().out
+
+
+def test_a_section_has_a_policy_too(base, tmp_path):
+    done = check(["model.name_or_path=no/such", *write_rows(tmp_path / "rows", [PLAIN]), "check.policy.reach=warn"])
+    assert [(policy, one.name) for policy, one in done.found if one.name == "reach"] == [("warn", "reach")]
+    assert not done.failed
 
 
 def test_a_model_that_is_not_here_is_a_fault_when_the_hub_does_not_answer(tmp_path):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from runner import compose
 from runner.estimate import (
     CONTEXT,
     PAYS,
@@ -121,9 +122,13 @@ def test_a_checkpoint_holds_what_trains_and_what_the_optimizer_keeps(optimizer, 
 
 def test_the_nearest_change_that_fits_is_the_cheapest():
     model, work = replace(MODEL, kept=1e9, kept_checkpointed=1e8), replace(WORK, cuda=True)  # 40 GB, or 4
-    assert nearest_fit(model, work, CONTEXT + 5e9) == "trainer.gradient_checkpointing=true"
-    assert "trainer.per_device_train_batch_size=2" in nearest_fit(model, work, CONTEXT + 3e9)
-    assert nearest_fit(model, work, CONTEXT) is None
+    assert nearest_fit(model, work, CONTEXT + 5e9, times=3) == "trainer.gradient_checkpointing=true"
+    assert nearest_fit(model, work, CONTEXT, times=3) is None
+    # 4 rows x 3 times are 2 x 6; a global batch size sees to that itself
+    typed = nearest_fit(model, work, CONTEXT + 3e9, times=3).split()
+    assert typed[1:] == ["trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=6"]
+    assert compose.compose(typed)
+    assert nearest_fit(model, work, CONTEXT + 3e9, times=None).split() == typed[:2]
 
 
 def test_rows_are_packed_as_trl_packs_them():
