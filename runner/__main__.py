@@ -300,8 +300,8 @@ def prepare(argv: list[str], *, again: bool = False) -> list[str]:
             probe(argv)
         begun = again and checked.run_dir.is_dir()
         (checked.run_dir / "config.yaml").unlink(missing_ok=True) if begun else None
-        run_dir = str(checked.run_dir if begun else compose.claim(checked.run_dir)).replace("'", r"\'")
-        overrides.append(f"hydra.run.dir='{run_dir}'")
+        run_dir = checked.run_dir if begun else compose.claim(checked.run_dir)
+        overrides.append(f"hydra.run.dir={compose.quoted(run_dir)}")
     return options + overrides
 
 

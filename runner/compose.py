@@ -35,6 +35,11 @@ def parse_arguments(argv: list[str]) -> Namespace:
         raise ConfigError(
             "--config-path and --experimental-rerun cannot be used: add options with --config-dir=FOLDER."
         )
+    if arguments.config_dir and not Path(arguments.config_dir).is_dir():  # of which Hydra only warns
+        raise ConfigError(
+            f"--config-dir={arguments.config_dir} cannot be used: there is no such folder. Type one that holds groups, "
+            "such as model/ or experiment/."
+        )
     wrong = [text for text in rest if text.startswith("-") or "=" not in text]
     if wrong:
         raise ConfigError(f"Cannot read {' '.join(wrong)}: keys are written key=value; options are listed by --help.")
@@ -52,6 +57,18 @@ def pasted(words: list[str], config_dir: str | None = None, config_name: str = "
     options = [f"--config-dir={config_dir}"] if config_dir else []
     options += [f"--config-name={config_name}"] if config_name != "config" else []
     return shlex.join(["python", "-m", "runner", *options, *words])
+
+
+def searchpath(config_dir: str) -> str:
+    """Return the override that lets Hydra find a person's own options, whatever their folder is called."""
+    return f"hydra.searchpath=[{quoted(f'file://{Path(config_dir).resolve()}')}]"
+
+
+def quoted(text: object) -> str:
+    """Return a text as Hydra's grammar takes it, whatever is in it."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(str(text), Quote.single).with_quotes()
 
 
 def rewrite_overrides(overrides: list[str]) -> list[str]:
@@ -95,7 +112,7 @@ def compose(
 
     arguments = rewrite_overrides(overrides)
     if config_dir:
-        arguments.append(f"hydra.searchpath=[file://{Path(config_dir).resolve()}]")
+        arguments.append(searchpath(config_dir))
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="runner"), _translated():
         composed = hydra_compose(config_name, arguments, return_hydra_config=True)
         raw: Any = OmegaConf.to_container(composed, resolve=False)
@@ -140,6 +157,10 @@ def read_values(overrides: list[str], *, groups: bool = False) -> dict[str, Any]
 
 def claim(run_dir: Path) -> Path:
     """Make a new directory for a run; a name that is taken gets a number, so nothing is ever overwritten."""
+    if run_dir.name in ("", ".."):
+        raise ConfigError(
+            f"output_dir={run_dir} is there: a run makes a directory of its own. Type another output_dir=..."
+        )
     for number in itertools.count(1):
         candidate = run_dir if number == 1 else run_dir.with_name(f"{run_dir.name}_{number}")
         try:
@@ -155,7 +176,8 @@ def claim(run_dir: Path) -> Path:
 def _quoted(text: str) -> str:
     """Quote a value that Hydra's grammar has no word for: a slice such as ``train[:500]``, or a path in Chinese."""
     key, equals, value = text.partition("=")
-    is_slice = re.fullmatch(r"\w+\[[^\[\],]*\](\+\w+(\[[^\[\],]*\])?)*", value)
+    part = r"\w+(\[[^\[\],]*\])?"
+    is_slice = "[" in value and re.fullmatch(rf"{part}(\+{part})*", value)
     is_foreign = not value.isascii() and not set(value) & set(",[]{}()'\"")
     return f'{key}="{value}"' if equals and (is_slice or is_foreign) else text
 

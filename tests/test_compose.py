@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -221,6 +222,29 @@ def test_a_missing_value_says_what_to_type():
 def test_a_run_directory_is_never_taken_twice(tmp_path):
     names = [compose.claim(tmp_path / "run").name for _ in range(3)]
     assert names == ["run", "run_2", "run_3"]
+
+
+@pytest.mark.parametrize("place", [".", "..", "/"])
+def test_a_directory_that_cannot_get_a_number_is_refused(place):
+    with pytest.raises(ConfigError, match="a run makes a directory of its own"):
+        compose.claim(Path(place))
+
+
+@pytest.mark.parametrize("name", ["a (b)", "a,b", "~a#b=c", "目录", "it's", "a{b}"])
+def test_a_folder_of_options_may_be_called_anything(name, tmp_path):
+    (tmp_path / name / "model").mkdir(parents=True)
+    (tmp_path / name / "model" / "mine.yaml").write_text("name_or_path: mine\n")
+    assert compose.compose(["model=mine"], config_dir=str(tmp_path / name)).config["model"]["name_or_path"] == "mine"
+
+
+def test_a_folder_of_options_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="typo cannot be used: there is no such folder"):
+        compose.parse_arguments([f"--config-dir={tmp_path / 'typo'}", "trainer=dpo"])
+
+
+@pytest.mark.parametrize("spec", ["train[:500]", "train+validation[:90%]", "a[90%:]+b", "a[1:2]+b+c[-3:]"])
+def test_a_slice_is_typed_without_quotes(spec):
+    assert compose.compose([f"dataset.train={spec}"]).config["dataset"]["train"] == spec
 
 
 def test_overrides_may_stand_on_both_sides_of_an_option():
