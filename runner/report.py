@@ -2,18 +2,21 @@
 
 import base64
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from runner import curves, manifest
+from runner import curves, manifest, resume
+from runner.config import trainer_name
 from runner.errors import ConfigError
 
 KEY_METRICS = (  # of the end of a run, as far as the trainer logs them
@@ -21,6 +24,7 @@ KEY_METRICS = (  # of the end of a run, as far as the trainer logs them
     *("margin", "kl"),
     *("mean_token_accuracy", "completions/mean_length"),
 )
+PLACE = re.compile(r"--config-(dir|name)|-c[dn]\b")  # where a config has its options from
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Run:
         chosen = self.manifest.get("choices") or {}
         trainer, model, dataset = (self.config.get(group) or {} for group in ("trainer", "model", "dataset"))
         found = {
-            "trainer": str(trainer.get("_target_", "")).rsplit(".", 1)[-1].removesuffix("Config").lower(),
+            "trainer": trainer_name(str(trainer.get("_target_", ""))),
             "model": str(model.get("name_or_path", "")).rstrip("/").rsplit("/", 1)[-1],
             "dataset": str(dataset.get("path") or dataset.get("generator") or "").rstrip("/").rsplit("/", 1)[-1],
             "peft": str((self.config.get("peft") or {}).get("_target_", "none")).rsplit(".", 1)[-1],
@@ -151,7 +155,7 @@ def summary(run_dir: str | Path) -> str:
     if status == "completed":
         lines.append(f"  next    {_next_command(run)}")
     elif status in ("dead", "preempted"):
-        lines.append(f"  next    python -m runner resume={path}")
+        lines.append(f"  next    {resume.command(path)}")
     return "\n".join(lines)
 
 
@@ -242,11 +246,12 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _time_taken(run: Run) -> str:
-    times = {event["status"]: event["time"] for event in run.manifest.get("timeline", [])}
-    ended = times.get(run.manifest.get("status", ""))
-    if "running" not in times or ended is None:
+    """Return in what time a run came so far, its pauses left out; nothing where it was killed, nobody knows when."""
+    events = [(one["status"], datetime.fromisoformat(one["time"])) for one in run.manifest.get("timeline", [])]
+    spans = [(then, end - start) for (status, start), (then, end) in pairwise(events) if status == "running"]
+    if not spans or {events[-1][0], *(then for then, _ in spans)} & {"running", "resumed"}:
         return ""
-    seconds = round((datetime.fromisoformat(ended) - datetime.fromisoformat(times["running"])).total_seconds())
+    seconds = round(sum(span.total_seconds() for _, span in spans))
     minutes, seconds = divmod(seconds, 60)
     return f" in {minutes // 60} h {minutes % 60} min" if minutes >= 60 else f" in {minutes} min {seconds} s"
 
@@ -258,6 +263,10 @@ def _next_command(run: Run) -> str:
     where = shlex.quote(str(_shown(run.model)))
     if not run.model.is_dir() or trainer not in {"sft", "reward"}:
         words = [w for w in run.manifest.get("overrides", []) if not w.startswith(("seed=", "output_dir="))]
+        argv = run.manifest.get("argv", [])
+        words += [
+            w for before, w in pairwise(["", *argv]) if PLACE.match(w) or (PLACE.match(before) and "=" not in before)
+        ]
         typed = " ".join(map(shlex.quote, words))
         return f"python -m runner -m {typed} seed=1,2,3".replace("  ", " ")
     if trainer == "reward":

@@ -77,7 +77,7 @@ IMPORTS = {
     "models": {"disk", "embedded", "errors", "hardware", "hub"},
     "rehearsal": {"report"},
     "manifest": {"disk", "errors", "redaction"},
-    "report": {"curves", "errors", "manifest"},
+    "report": {"config", "curves", "errors", "manifest", "resume"},
     "card": {"report"},
 }  # fmt: skip
 

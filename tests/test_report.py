@@ -1,5 +1,6 @@
 import base64
 import json
+import shlex
 import subprocess
 import sys
 
@@ -74,6 +75,33 @@ def test_what_comes_next_depends_on_the_trainer(run_dir):
     assert report.summary(run_dir).endswith(f"next    python -m runner {command}")
     manifest.update(run_dir, choices={"trainer": "grpo"}, overrides=["trainer=grpo", "seed=1", "trainer.beta=0.1"])
     assert report.summary(run_dir).endswith("next    python -m runner -m trainer=grpo trainer.beta=0.1 seed=1,2,3")
+    for places in (["--config-dir=my options"], ["-cd", "my options"]):
+        manifest.update(run_dir, argv=["python", "-m", "runner", *places, "trainer=grpo"])
+        assert f"trainer.beta=0.1 {shlex.join(places)} seed=1,2,3" in report.summary(run_dir)
+
+
+def test_a_run_that_ended_early_says_what_to_type_to_go_on_code_and_all(run_dir, monkeypatch):
+    place = run_dir.rename(run_dir.with_name("a run"))
+    (place / "config.yaml").write_text(f"{CONFIG}allow_code: [mine.f]\n")
+    manifest.update(place, status="preempted")
+    monkeypatch.chdir(place.parent)
+    assert report.summary(place).endswith("next    python -m runner 'resume=a run' 'allow_code=[mine.f]'")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "told"),
+    [
+        # a minute from status to status
+        (["running", "preempted", "resumed", "running", "completed"], " in 2 min 0 s"),
+        (["running", "completed"], " in 1 min 0 s"),
+        (["running", "resumed", "running", "completed"], ""),  # it was killed, and nobody knows when
+        (["running"], ""),
+    ],
+)
+def test_the_time_of_a_run_is_that_in_which_it_ran(run_dir, statuses, told):
+    times = [{"status": status, "time": f"2026-01-01T00:{at:02}:00+00:00"} for at, status in enumerate(statuses)]
+    manifest.update(run_dir, status=statuses[-1], timeline=times)
+    assert f"  steps   20{told}" in report.summary(run_dir).splitlines()
 
 
 def test_the_summary_of_a_failed_run_gives_the_cause(tmp_path):
