@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from runner import launch
+from runner import compose, launch
 from runner.config import CONF
 from runner.errors import ConfigError
 
@@ -100,10 +100,9 @@ def _launch(run_dir: Path, leader: str, words: list[str], config_dir: str | None
     from hydra.core.plugins import Plugins
     from hydra.types import HydraContext, RunMode
 
-    place = str(run_dir.parent).replace("'", r"\'")
-    overrides = [*words, f"hydra.sweep.dir='{place}'", "hydra.output_subdir=null"]
+    overrides = [*words, f"hydra.sweep.dir={compose.quoted(run_dir.parent)}", "hydra.output_subdir=null"]
     if config_dir:
-        overrides.append(f"hydra.searchpath=[file://{Path(config_dir).resolve()}]")
+        overrides.append(compose.searchpath(config_dir))
     try:
         with initialize_config_dir(str(CONF), version_base="1.3", job_name="runner"):
             hydra: Any = GlobalHydra.instance().hydra

@@ -217,19 +217,16 @@ def _own_type(kind: Any) -> tuple[Any, str]:
 
 
 def keyword_fields(module: str, function: str | None = None) -> dict[str, Field]:
-    """Return the keyword-only parameters of one of our own functions, as keys of the option that names it.
-
-    Without a name, those of all functions of the module that an option may name.
+    """Return the keyword-only parameters of one of our own functions, or of all of a module, as keys of an option.
 
     Raises:
         ConfigError: The module has no such function.
     """
     path = Path(__file__).with_name(f"{module}.py")
-    tree = parse(path)
     first = {"rewards": "completions"}.get(module)  # what makes a function of that module a choice
     public = {
         n.name: n
-        for n in tree.body
+        for n in parse(path).body
         if isinstance(n, ast.FunctionDef) and (first is None or [a.arg for a in n.args.args][:1] == [first])
     }
     if function is not None and function not in public:

@@ -158,7 +158,7 @@ class Sweep:
         environment = composed.environment | devices
         shown = [text.removeprefix("++") for text in overrides]
         count = launch.threads(self.plan.search.n_jobs)
-        told = [f"++hydra.job.env_set.{key}='{value}'" for key, value in environment.items()]
+        told = [f"++hydra.job.env_set.{key}={compose.quoted(value)}" for key, value in environment.items()]
         launcher = (*self.plan.launcher, *told) if self.plan.launcher else ()
         elsewhere = (launcher, self.plan.where.get("config_dir"))
         job = Job(str(run_dir), composed.config, composed.choices, shown, environment, count, *elsewhere)
