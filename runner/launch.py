@@ -133,15 +133,11 @@ def launch(run_dir: Path, node: dict[str, Any]) -> dict[str, float]:
     record = manifest.read(run_dir)
     if where.rank:
         return _follow(run_dir, code)
-    if record["status"] == "completed" and code == 0:
-        return record["metrics"]
     name, ended = signal.Signals(signalled or signal.SIGTERM).name, 130 if signalled == signal.SIGINT else 143
-    if record["status"] == "preempted":
-        if signalled:  # which came to the ranks as SIGUSR1
-            record = manifest.update(run_dir, cause=record["cause"].replace("SIGUSR1", name))
-        raise RunPreempted(record["cause"], ended)
-    if record["status"] == "pruned":
-        raise RunPruned(record["cause"])
+    if record["status"] == "preempted" and signalled:  # which came to the ranks as SIGUSR1
+        record = manifest.update(run_dir, cause=record["cause"].replace("SIGUSR1", name))
+    if (metrics := _result(record, code, ended)) is not None:
+        return metrics
     if signalled and not any(ranks.glob("*.json")):  # no rank had begun, or none was waited for
         manifest.update(run_dir, status="preempted", cause=f"stopped by {name}")
         raise RunPreempted(f"stopped by {name}", ended)
@@ -154,14 +150,19 @@ def _follow(run_dir: Path, code: int) -> dict[str, float]:
     """Return the metrics of a run whose manifest another machine's parent writes, or end as it does."""
     while (record := manifest.read(run_dir))["status"] == "running" and not manifest.is_silent(record):
         time.sleep(POLL)  # the first rank evaluates, or saves
-    if record["status"] == "completed" and code == 0:
-        return record["metrics"]
-    if record["status"] == "preempted":
-        raise RunPreempted(record["cause"], 143)
-    if record["status"] == "pruned":
-        raise RunPruned(record["cause"])
+    if (metrics := _result(record, code, 143)) is not None:
+        return metrics
     cause = record.get("cause") or f"the ranks of this machine ended with exit code {code}"
     raise (ConfigError if record.get("correctable") else RunStopped)(cause)
+
+
+def _result(record: dict[str, Any], code: int, ended: int) -> dict[str, float] | None:
+    """Return the metrics of a run that came to its end, raise if it was told to end, and return None if it failed."""
+    if record["status"] == "preempted":
+        raise RunPreempted(record["cause"], ended)
+    if record["status"] == "pruned":
+        raise RunPruned(record["cause"])
+    return record["metrics"] if record["status"] == "completed" and code == 0 else None
 
 
 def threads(count: int) -> int:

@@ -94,9 +94,8 @@ def check_memory(done: Check) -> dict[str, Any]:
     if there and parts["peak"] > there:
         times = None if done.config.get("global_batch_size") else done.arguments.gradient_accumulation_steps
         change = estimate.nearest_fit(done.model, work, there, times=times)
-        hint = (
-            f"This would fit: {change}" if change else "Choose a smaller model, or shorter rows (trainer.max_length)."
-        )
+        less = "Choose a smaller model, or shorter rows (trainer.max_length)."
+        hint = f"This would fit: {change}" if change else less
         text = f"a process needs about {size(parts['peak'])}, and {device} has {size(there)}. {hint}"
         done.add(Finding("memory", text))
     return {**parts, "device": device, "device_bytes": there}

@@ -112,12 +112,22 @@ def _fixed_fields(node: dict[str, Any], run_dir: Path, *, evaluates: bool, resum
 
 
 def refuse(arguments: Any, **found: Any) -> None:
-    """Refuse, before weights load, what a trainer of ours says that it cannot train.
+    """Refuse, before weights load, a schedule that cannot be made, and what a trainer of ours says it cannot train.
 
     Raises:
-        ConfigError: All its faults.
+        ConfigError: All faults.
     """
-    if faults := arguments.find_faults(**found) if hasattr(arguments, "find_faults") else []:
+    import torch
+    from transformers import get_scheduler
+
+    faults = arguments.find_faults(**found) if hasattr(arguments, "find_faults") else []
+    kind, keys = arguments.lr_scheduler_type.value, arguments.lr_scheduler_kwargs
+    try:
+        get_scheduler(kind, torch.optim.SGD([torch.zeros(1)]), 0, 10**9, keys)
+    except (TypeError, ValueError) as error:
+        why = str(error).rpartition("() ")[2]
+        faults.append(f"trainer.lr_scheduler_type={kind} cannot go with trainer.lr_scheduler_kwargs={keys}: {why}.")
+    if faults:
         raise ConfigError(" ".join(faults))
 
 

@@ -241,6 +241,22 @@ def test_what_ppo_cannot_train_is_refused_before_weights_load(llama_dir, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["trainer.lr_scheduler_type=cosine_with_min_lr"], "One of min_lr or min_lr_rate should be set"),
+        (["trainer.lr_scheduler_type=warmup_stable_decay"], "argument: 'num_decay_steps'"),
+        (["trainer.lr_scheduler_kwargs={num_cycle: 2}"], "lr_scheduler_type=linear cannot go with .* 'num_cycle'"),
+    ],
+)
+def test_a_schedule_that_cannot_be_made_is_refused_before_weights_load(words, why, llama_dir, tmp_path):
+    without_weights = tmp_path / "model"
+    shutil.copytree(llama_dir, without_weights, ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(ConfigError, match=why):
+        start(tmp_path, f"model.name_or_path={without_weights}", *words)
+
+
+@pytest.mark.slow
 def test_a_value_model_of_another_vocabulary_is_refused(llama_dir, tmp_path):
     from transformers import AutoTokenizer
 
