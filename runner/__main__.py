@@ -283,13 +283,14 @@ def prepare(argv: list[str], *, again: bool = False) -> list[str]:
     where = compose.places(arguments)
     options = [text for text in argv if text not in arguments.overrides]
     overrides = compose.rewrite_overrides(arguments.overrides)
+    for word in arguments.overrides:  # for the run, for Hydra, or the first of its key: they are all written
+        if secrets := find_secrets(dict([word.lstrip("+~").partition("=")[::2]])):
+            raise ConfigError(secrets[0])
     if arguments.multirun:
         from runner import search
 
         return options + overrides + search.prepare(arguments.overrides, **where)
     checked = compose.compose(arguments.overrides, **where)
-    if secrets := find_secrets(dict(word.lstrip("+~").partition("=")[::2] for word in arguments.overrides)):
-        raise ConfigError("\n".join(secrets))  # before Hydra writes them, as those for itself
     if "search" in checked.config and not only_shown:
         raise ConfigError("search has no effect on one run: type -m for a sweep, or search=null.")
     if not only_shown:
@@ -311,7 +312,7 @@ def probe(argv: list[str]) -> None:
     Raises:
         ConfigError: It found something to correct, or did not come to its end; or others wait for this process.
     """
-    if "WORLD_SIZE" in os.environ:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(
             "probe=true cannot be done where a launcher started this process as one of several: they would wait. Type "
             "python -m runner.check ... check.probe=true before, and leave it out here."

@@ -232,14 +232,14 @@ def fitting(run_dir: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         if free_space(run_dir, error):
             raise RunStopped(f"disk full: {error}. The checkpoints before stay: make room, then resume.") from error
         if MEMORY.search(f"{type(error).__name__}: {error}"):
             raise RunStopped(
                 f"out of memory: {'. '.join(str(error).split('. ')[:2])}. Type a smaller "
-                "trainer.per_device_train_batch_size, trainer.gradient_checkpointing=true or quantization=nf4; "
-                "python -m runner.check says what would fit."
+                "trainer.per_device_train_batch_size, trainer.gradient_checkpointing=true, or peft=lora "
+                "quantization=nf4; python -m runner.check says what would fit."
             ) from error
         raise
 

@@ -35,11 +35,6 @@ def parse_arguments(argv: list[str]) -> Namespace:
         raise ConfigError(
             "--config-path and --experimental-rerun cannot be used: add options with --config-dir=FOLDER."
         )
-    if arguments.config_dir and not Path(arguments.config_dir).is_dir():  # of which Hydra only warns
-        raise ConfigError(
-            f"--config-dir={arguments.config_dir} cannot be used: there is no such folder. Type one that holds groups, "
-            "such as model/ or experiment/."
-        )
     wrong = [text for text in rest if text.startswith("-") or "=" not in text]
     if wrong:
         raise ConfigError(f"Cannot read {' '.join(wrong)}: keys are written key=value; options are listed by --help.")
@@ -60,7 +55,16 @@ def pasted(words: list[str], config_dir: str | None = None, config_name: str = "
 
 
 def searchpath(config_dir: str) -> str:
-    """Return the override that lets Hydra find a person's own options, whatever their folder is called."""
+    """Return the override that lets Hydra find a person's own options, whatever their folder is called.
+
+    Raises:
+        ConfigError: There is no such folder; Hydra would only warn.
+    """
+    if not Path(config_dir).is_dir():
+        raise ConfigError(
+            f"--config-dir={config_dir} cannot be used: there is no such folder. Type one that holds groups, such as "
+            "model/ or experiment/."
+        )
     return f"hydra.searchpath=[{quoted(f'file://{Path(config_dir).resolve()}')}]"
 
 

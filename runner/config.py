@@ -165,7 +165,7 @@ def _conflicts(config: dict[str, Any], choices: dict[str, str]) -> list[str]:
 
 def find_secrets(tree: dict[str, Any]) -> list[str]:
     """Return a sentence on the keys whose values look like secrets, if any do: all that is typed is written to disk."""
-    keys = ", ".join(changes(tree, scrub(tree)))
+    keys = ", ".join(scrub(list(changes(tree, scrub(tree)))))
     return [f"{keys} holds what looks like a secret, and is written to disk: use the environment."] if keys else []
 
 
@@ -288,7 +288,7 @@ def changes(old: dict[str, Any], new: dict[str, Any], missing: Any = None) -> di
     """Return the leaves in which two trees differ, by dotted path, each with both values, or what stands for none."""
     one, other = flat(old), flat(new)
     pairs = {key: [one.get(key, missing), other.get(key, missing)] for key in sorted(one | other)}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    return {key: pair for key, pair in pairs.items() if pair[0] is not pair[1] and pair[0] != pair[1]}
 
 
 def put(tree: dict[str, Any], path: str, value: Any) -> None:

@@ -73,7 +73,7 @@ def freeze(
     folder.mkdir(parents=True, exist_ok=True)
     header = _header(record, compose.pasted([f"experiment={name}"], config_dir))
     path.write_text(f"# @package _global_\n{header}{body}", encoding="utf-8")
-    places = ",".join(f"'file://{Path(place).resolve()}'" for place in (folder.parent, config_dir or CONF))
+    places = ",".join(compose.quoted(f"file://{Path(one).resolve()}") for one in (folder.parent, config_dir or CONF))
     try:
         made = compose.compose([f"experiment={name}", f"hydra.searchpath=[{places}]"]).config
         if different := changes(wanted, {key: value for key, value in made.items() if key not in OWN}):

@@ -209,13 +209,12 @@ def load(
     return model, sorted(info["missing_keys"])
 
 
-def folder_of(config: Any) -> Path:
+def folder_of(name: str, revision: str | None) -> Path:
     """Return where the files of a loaded model are: in its folder, or in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
-    commit = getattr(config, "_commit_hash", None)  # of what came from the hub
-    found = try_to_load_from_cache(config._name_or_path, "config.json", revision=commit) if commit else None
-    return Path(found).parent if isinstance(found, str) else Path(config._name_or_path)
+    found = None if Path(name).is_dir() else try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else Path(name)
 
 
 def digest_weights(folder: Path) -> str | None:
@@ -380,7 +379,5 @@ def _prepare_quantized(model: Any, *, gradient_checkpointing: bool) -> Any:
         if parameter.device.type == "cpu" and parameter.is_floating_point():
             parameter.data = parameter.data.clone()
     return prepare_model_for_kbit_training(
-        model,
-        use_gradient_checkpointing=gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        model, use_gradient_checkpointing=gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
     )

@@ -263,10 +263,8 @@ def _next_command(run: Run) -> str:
     where = shlex.quote(str(_shown(run.model)))
     if not run.model.is_dir() or trainer not in {"sft", "reward"}:
         words = [w for w in run.manifest.get("overrides", []) if not w.startswith(("seed=", "output_dir="))]
-        argv = run.manifest.get("argv", [])
-        words += [
-            w for before, w in pairwise(["", *argv]) if PLACE.match(w) or (PLACE.match(before) and "=" not in before)
-        ]
+        pairs = pairwise(["", *run.manifest.get("argv", [])])
+        words += [w for before, w in pairs if PLACE.match(w) or (PLACE.match(before) and "=" not in before)]
         typed = " ".join(map(shlex.quote, words))
         return f"python -m runner -m {typed} seed=1,2,3".replace("  ", " ")
     if trainer == "reward":

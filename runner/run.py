@@ -73,8 +73,8 @@ def run(run_dir: Path) -> dict[str, float]:
             config["trainer"], run_dir, evaluates=rows.eval is not None, resumed=resumed is not None,
             global_batch_size=config.get("global_batch_size"), launch=config.get("launch"), rows=len(rows.train),
         )  # fmt: skip
-        scoring = trainers.load_rewards(config, columns=columns, online=online)
         trainers.refuse(arguments, prompts=len(rows.train), adapted=bool(config["peft"]))
+        scoring = trainers.load_rewards(config, columns=columns, online=online)
         facts = {"chosen": chosen, "untrained_rewards": scoring.untrained}
         facts |= foresee(config, name, loaded, audit, arguments, tokenizer)
         manifest.update(run_dir, **facts, processes=arguments.world_size, hardware=hardware.describe())
@@ -87,7 +87,7 @@ def run(run_dir: Path) -> dict[str, float]:
         )  # fmt: skip
         trainers.add_samples(trainer, rows.held_out, scoring, run_dir, **config["samples"])
         del loaded, rows  # the text of rows that are trained on as token ids
-        manifest.update(run_dir, **trainers.describe(trainer))
+        manifest.update(run_dir, **trainers.describe(trainer, config["model"].get("revision")))
 
         checkpoints.Checkpoints(trainer, run_dir, keep=config["trainer"].get("save_total_limit"), resumed=resumed)
         with pruning.reporting(trainer, run_dir):

@@ -197,7 +197,7 @@ def prepare(overrides: list[str], **where: Any) -> list[str]:
         raise ConfigError("search.resume names the directory of the sweep: leave out hydra.sweep.dir.")
     if not (Path(going_on) / JOURNAL).exists():
         raise ConfigError(f"search.resume={going_on} holds no sweep: it has no {JOURNAL}.")
-    return ["hydra.sweep.dir='{}'".format(str(going_on).replace("'", r"\'"))]
+    return [f"hydra.sweep.dir={compose.quoted(going_on)}"]
 
 
 def corners(axes: list[Axis]) -> list[list[str]]:

@@ -160,7 +160,7 @@ class Sweep:
         count = launch.threads(self.plan.search.n_jobs)
         told = [f"++hydra.job.env_set.{key}={compose.quoted(value)}" for key, value in environment.items()]
         launcher = (*self.plan.launcher, *told) if self.plan.launcher else ()
-        elsewhere = (launcher, self.plan.where.get("config_dir"))
+        elsewhere = (launcher, self.plan.where)
         job = Job(str(run_dir), composed.config, composed.choices, shown, environment, count, *elsewhere)
         trial = Trial(number, slot, job, seconds=self.plan.search.trial_timeout)
         stored = self.study.get_trials(deepcopy=False)[number]
@@ -177,12 +177,15 @@ class Sweep:
     def find_user(self, run_dir: Path) -> tuple[str, str] | None:
         """Return how a trial ends whose directory is not to be had; wait for what outlives its end by a moment."""
         until = time.monotonic() + 2 * trials.GRACE + remote.GRACE * bool(self.plan.launcher)
-        while time.monotonic() < until and not self.told:
+        while True:
             with contextlib.suppress(ConfigError):
                 manifest.claim(run_dir).release()
                 return None
+            if self.told or time.monotonic() > until:
+                return "preempted" if self.told else "killed", "its directory is still in use by its last process"
+            for trial in self.running:
+                trial.tend()
             time.sleep(BEAT / 5)
-        return "preempted" if self.told else "killed", "its directory is still in use by its last process"
 
     def look(self) -> None:
         """Wait a moment, and deal with what has happened."""

@@ -9,6 +9,9 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PrinterCallback, TrainerState, get_scheduler, set_seed
+
 from runner import (
     adapters,
     callbacks,
@@ -117,13 +120,10 @@ def refuse(arguments: Any, **found: Any) -> None:
     Raises:
         ConfigError: All faults.
     """
-    import torch
-    from transformers import get_scheduler
-
     faults = arguments.find_faults(**found) if hasattr(arguments, "find_faults") else []
     kind, keys = arguments.lr_scheduler_type.value, arguments.lr_scheduler_kwargs
     try:
-        get_scheduler(kind, torch.optim.SGD([torch.zeros(1)]), 0, 10**9, keys)
+        get_scheduler(kind, torch.optim.SGD([torch.zeros(1)], arguments.learning_rate), 0, 10**9, keys)
     except (TypeError, ValueError) as error:
         why = str(error).rpartition("() ")[2]
         faults.append(f"trainer.lr_scheduler_type={kind} cannot go with trainer.lr_scheduler_kwargs={keys}: {why}.")
@@ -140,8 +140,6 @@ def load_model(name: str, tokenizer: Any, config: dict[str, Any], arguments: Any
     Raises:
         ConfigError: It cannot be loaded, or the adapter does not fit it.
     """
-    from transformers import set_seed
-
     set_seed(config["trainer"]["seed"])  # of new weights, such as a score head
     adapter = adapters.peft_for(build(config["peft"]), trainer=name) if config["peft"] else None
     quantization = None
@@ -188,8 +186,6 @@ def build_trainer(
     Raises:
         ConfigError: The trainer refuses what it was given.
     """
-    from transformers import PrinterCallback
-
     cls = prepared.prepared(trainer_class(config["trainer"]["_target_"]))
     parts = _parts(cls, config, adapter, arguments, tokenizer, scoring)
     lm_head.compact_lm_head()
@@ -235,12 +231,12 @@ def _parts(
         parts |= {"reward_funcs": scoring.functions, "reward_processing_classes": scoring.tokenizers}
         arguments.reward_weights = scoring.weights
     needs_reference = getattr(arguments, "needs_reference", not getattr(arguments, "precompute_ref_log_probs", False))
+    reloads = "reward_funcs" in asked or ("ref_model" in asked and arguments.fsdp)
     if "ref_model" in asked and not adapter and needs_reference:
         parts["ref_model"], _ = load_model(trainer_name(config["trainer"]["_target_"]), tokenizer, config, arguments)
-    elif not adapter and getattr(arguments, "beta", None) and ("reward_funcs" in asked or arguments.fsdp):
-        # what these trainers load again as their reference must be what the policy was
-        again = {key: config["model"].get(key) for key in ("revision", "trust_remote_code")}
-        arguments.model_init_kwargs = {key: value for key, value in again.items() if value} or None
+    elif not adapter and getattr(arguments, "beta", None) and reloads:  # a reference, which must be what the policy was
+        same = ("revision", "trust_remote_code")
+        arguments.model_init_kwargs = {key: value for key in same if (value := config["model"].get(key))} or None
     if config.get("value_model"):
         parts["value_model"] = _load_value_model(config["value_model"], tokenizer)
     return parts
@@ -275,7 +271,6 @@ def load_rewards(config: dict[str, Any], *, columns: set[str], online: bool) -> 
     Raises:
         ConfigError: An online trainer's reward cannot be built from these columns.
     """
-    from transformers import set_seed
 
     def load(node: dict[str, Any]) -> tuple[Any, Any]:
         if not online:
@@ -331,8 +326,6 @@ def train(trainer: Any, stopping: Any, *, resumed: Path | None) -> dict[str, flo
         RunPreempted: It was told to end, and has left a checkpoint.
         RunStopped: There are too few rows for a step.
     """
-    from transformers import TrainerState
-
     trainer.add_callback(stopping)
     done = TrainerState.load_from_json(str(resumed / "trainer_state.json")).global_step if resumed else 0
     if 0 < trainer.args.max_steps <= done:  # transformers would take one step more before it looks
@@ -389,11 +382,10 @@ def evaluate(trainer: Any) -> dict[str, float]:
     return {k: v for entry in last for k, v in entry.items() if k.startswith("eval_")} or trainer.evaluate()
 
 
-def describe(trainer: Any) -> dict[str, Any]:
+def describe(trainer: Any, revision: str | None) -> dict[str, Any]:
     """Return what a trainer ended up with: its parameters, those that train, its rows, and how weights are kept."""
-    import torch
-
     model = trainer.accelerator.unwrap_model(trainer.model)
+    folder = models.folder_of(model.config._name_or_path, revision)
     return {
         "parameters": sum(_size(p) for p in model.parameters()),
         "trainable_parameters": sum(_size(p) for p in model.parameters() if p.requires_grad),
@@ -407,8 +399,8 @@ def describe(trainer: Any) -> dict[str, Any]:
             "dtype": str(model.dtype).removeprefix("torch."),
             "attention": model.config._attn_implementation,
             "quantization": _quantization(model.config),
-            "commit": getattr(model.config, "_commit_hash", None),
-            "sha256": models.digest_weights(models.folder_of(model.config)),
+            "commit": folder.name if folder.parent.name == "snapshots" else None,  # of the hub
+            "sha256": models.digest_weights(folder),
         },
     }
 

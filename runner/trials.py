@@ -11,18 +11,19 @@ import logging
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from runner import hardware, launch, lean, manifest, remote
+from runner import compose, hardware, launch, lean, manifest, remote
 from runner.errors import MEMORY, ConfigError
 
 PRELOAD = ["runner.__main__", "runner.run", "runner.freeze", "trl", "peft", "datasets", "optuna", "pydantic",
@@ -45,7 +46,7 @@ class Job:
         environment: Variables of the trial's own, such as the devices that it may see.
         threads: That it computes with; 0: as many as the place it runs in gives it.
         launcher: What was typed of the launcher that is to start it elsewhere; empty: it runs in this process.
-        config_dir: A folder of the person's own options, for the launcher.
+        where: ``compose.places``: where the person's own options are.
     """
 
     run_dir: str
@@ -55,7 +56,7 @@ class Job:
     environment: dict[str, str]
     threads: int
     launcher: tuple[str, ...] = ()
-    config_dir: str | None = None
+    where: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -187,7 +188,8 @@ def devices(per_trial: int | None, slots: int) -> list[list[str]] | None:
 
 def takes_one_device(config: dict[str, Any]) -> bool:
     """Tell whether a run is one process, which names no second device."""
-    return (config.get("launch") or {}).get("processes", 1) == 1 and not config["trainer"].get("reward_device")
+    one = config["trainer"].get("reward_device") in (None, "cpu", "cuda", "cuda:0")
+    return one and (config.get("launch") or {}).get("processes", 1) == 1
 
 
 def _context() -> Any:
@@ -221,10 +223,12 @@ def warm(modules: list[str], left_out: str | None) -> None:
     os.environ.update(given)
     resource_tracker.ensure_running()  # it unblocks signals
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, launch.SIGNALS)  # what a process is started with, it keeps
-    forkserver.ensure_running()
-    for key, value in before.items():
-        os.environ.pop(key) if value is None else os.environ.update({key: value})
-    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    try:
+        forkserver.ensure_running()
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key) if value is None else os.environ.update({key: value})
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 # ---- in the process of a trial ------------------------------------------------------------------------------------
@@ -257,10 +261,10 @@ def work(job: Job, leader: Any = None) -> None:
     try:
         if not (run_dir / manifest.FILE).exists():
             (run_dir / "config.yaml").unlink(missing_ok=True)
-            typed = ["python", "-m", "runner", *job.overrides]
+            typed = shlex.split(compose.pasted(job.overrides, **job.where))
             write_run(run_dir, job.config, job.choices, job.overrides, typed)
         if job.launcher:
-            remote.lead(run_dir, list(job.launcher), job.config_dir)
+            remote.lead(run_dir, list(job.launcher), job.where.get("config_dir"))
         _take_place(run_dir)
         if job.threads:
             _prepare_torch(job)

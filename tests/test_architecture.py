@@ -26,7 +26,7 @@ IMPORTS = {
     "search": {"compose", "config", "errors", "journal", "launch", "lean", "remote", "safety", "schema",
                "trainer_source"},
     "sweep": {"compose", "errors", "journal", "launch", "leaderboard", "manifest", "remote", "search", "trials"},
-    "trials": {"__main__", "errors", "hardware", "launch", "lean", "manifest", "remote"},
+    "trials": {"__main__", "compose", "errors", "hardware", "launch", "lean", "manifest", "remote"},
     "remote": {"compose", "config", "errors", "launch"},
     "leaderboard": {"disk", "errors", "freeze", "manifest", "report"},
     "pruning": {"callbacks", "errors", "journal", "manifest"},

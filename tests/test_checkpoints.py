@@ -136,5 +136,7 @@ def test_a_device_that_is_full_is_the_cause_with_what_takes_less(tmp_path):
     with pytest.raises(RunStopped) as told, checkpoints.fitting(tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1")
     assert str(told.value).startswith("out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. Type a smaller")
+    with pytest.raises(RunStopped, match="out of memory: Unable to allocate"), checkpoints.fitting(tmp_path):
+        raise MemoryError("Unable to allocate 9 GiB for an array")  # as numpy says it
     with pytest.raises(RuntimeError, match="shapes"), checkpoints.fitting(tmp_path):
         raise RuntimeError("shapes")

@@ -239,7 +239,7 @@ def test_a_folder_of_options_may_be_called_anything(name, tmp_path):
 
 def test_a_folder_of_options_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="typo cannot be used: there is no such folder"):
-        compose.parse_arguments([f"--config-dir={tmp_path / 'typo'}", "trainer=dpo"])
+        compose.compose(["trainer=dpo"], config_dir=str(tmp_path / "typo"))
 
 
 @pytest.mark.parametrize("spec", ["train[:500]", "train+validation[:90%]", "a[90%:]+b", "a[1:2]+b+c[-3:]"])

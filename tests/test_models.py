@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -477,6 +476,8 @@ def test_the_weights_of_a_model_from_the_hub_are_in_its_cache(tmp_path, monkeypa
     snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert folder_of(SimpleNamespace(_name_or_path="some/model", _commit_hash="abc")) == snapshot
-    assert folder_of(SimpleNamespace(_name_or_path="/some/where/model", _commit_hash=None)) == Path("/some/where/model")
+    assert folder_of("some/model", None) == folder_of("some/model", "abc") == snapshot
+    assert folder_of(str(tmp_path), None) == tmp_path

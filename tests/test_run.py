@@ -247,6 +247,7 @@ def test_what_ppo_cannot_train_is_refused_before_weights_load(llama_dir, tmp_pat
         (["trainer.lr_scheduler_type=cosine_with_min_lr"], "One of min_lr or min_lr_rate should be set"),
         (["trainer.lr_scheduler_type=warmup_stable_decay"], "argument: 'num_decay_steps'"),
         (["trainer.lr_scheduler_kwargs={num_cycle: 2}"], "lr_scheduler_type=linear cannot go with .* 'num_cycle'"),
+        (["trainer.lr_scheduler_type=polynomial", "trainer.lr_scheduler_kwargs={lr_end: 1.0}"], "smaller than initial"),
     ],
 )
 def test_a_schedule_that_cannot_be_made_is_refused_before_weights_load(words, why, llama_dir, tmp_path):
