@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.config import CONF, find_faults, group_names
+from runner.config import CONF, find_faults, group_names, option_names
 from runner.errors import ConfigError
 from runner.safety import find_dangers, find_escape
 
@@ -90,6 +90,9 @@ def rewrite_overrides(overrides: list[str]) -> list[str]:
     for text, parsed in zip(overrides, parse(overrides), strict=True):
         plain = parsed.type == OverrideType.CHANGE and parsed.package is None
         is_group = parsed.key_or_group in group_names() or "/" in parsed.key_or_group
+        if parsed.key_or_group in group_names() and parsed.type == OverrideType.CHANGE and parsed.value() is None:
+            none = "none" in option_names(parsed.key_or_group)  # null is no word of Hydra's for it
+            text = f"{parsed.get_key_element()}=none" if none else f"~{parsed.get_key_element()}"
         inside_hydra = parsed.key_or_group.startswith("hydra.") and "env_set" not in parsed.key_or_group
         rewritten.append("++" + text if plain and not is_group and not inside_hydra else text)
     return rewritten
@@ -225,7 +228,7 @@ def _translated() -> Iterator[None]:
         mark = getattr(error, "problem_mark", None)
         where = f"{mark.name}, line {mark.line + 1}" if mark else "a config file"
         raise ConfigError(f"{where} is not valid YAML: {getattr(error, 'problem', error)}.") from error
-    except (ConfigCompositionException, HydraException, OmegaConfBaseException) as error:
+    except (ConfigCompositionException, HydraException, OmegaConfBaseException, ValueError) as error:
         if unknown := re.search(
             r"Key '(\w+)' (?:is )?not in (?:struct|'\w+')\s+full_key: (\S+)", f"{error}\n{error.__cause__}"
         ):

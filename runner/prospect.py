@@ -70,9 +70,8 @@ def check_plan(done: Check) -> dict[str, Any]:
         "checkpoints": f"{plan.checkpoints}, of which {stay} stay{each}",
     })  # fmt: skip
     if plan.sequences > prompts and not online:
-        done.add(
-            Finding("few_rows", f"a step reads {plan.sequences} rows and there are {prompts}: an epoch is one step.")
-        )
+        text = f"a step reads {plan.sequences} rows and there are {prompts}: an epoch is one step."
+        done.add(Finding("few_rows", text))
     free, wanted = done.facts.get("reach", {}).get("free_bytes"), (stay + 1) * held  # one more, before the oldest goes
     if free is not None and wanted > free:
         text = f"{stay + 1} checkpoints take {size(wanted)} in {done.composed.run_dir}, and {size(free)} are free. "

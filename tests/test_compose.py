@@ -237,6 +237,12 @@ def test_a_folder_of_options_may_be_called_anything(name, tmp_path):
     assert compose.compose(["model=mine"], config_dir=str(tmp_path / name)).config["model"]["name_or_path"] == "mine"
 
 
+@pytest.mark.parametrize(("word", "left"), [("peft=null", {}), ("quantization=null", {}), ("search=null", None)])
+def test_null_chooses_no_option_of_a_group(word, left):
+    assert compose.compose([word]).config.get(word.partition("=")[0]) == left
+    assert "model must be a group of keys" in refusal(word, "model=null")  # which has to be one
+
+
 def test_a_folder_of_options_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="typo cannot be used: there is no such folder"):
         compose.compose(["trainer=dpo"], config_dir=str(tmp_path / "typo"))
