@@ -228,7 +228,7 @@ def _translated() -> Iterator[None]:
         mark = getattr(error, "problem_mark", None)
         where = f"{mark.name}, line {mark.line + 1}" if mark else "a config file"
         raise ConfigError(f"{where} is not valid YAML: {getattr(error, 'problem', error)}.") from error
-    except (ConfigCompositionException, HydraException, OmegaConfBaseException, ValueError) as error:
+    except (ConfigCompositionException, HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
         if unknown := re.search(
             r"Key '(\w+)' (?:is )?not in (?:struct|'\w+')\s+full_key: (\S+)", f"{error}\n{error.__cause__}"
         ):

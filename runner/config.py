@@ -327,7 +327,7 @@ def _group_fields(group: str, node: dict[str, Any]) -> dict[str, schema.Field]:
         known |= {key: schema.Field(lambda: (Any, "any value")) for key in node if key not in known}
     if group == "reward" and isinstance(node.get("model"), dict):
         known |= {f"model.{key}": field for key, field in schema.own_fields(schema.Model).items()}
-    for name, child in (node.get(nested) or {}).items():
+    for name, child in (children if isinstance(children := node.get(nested), dict) else {}).items():
         if isinstance(child, dict):
             known |= {f"{nested}.{name}.{key}": field for key, field in _group_fields(group, child).items()}
     return known

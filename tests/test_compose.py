@@ -243,6 +243,19 @@ def test_null_chooses_no_option_of_a_group(word, left):
     assert "model must be a group of keys" in refusal(word, "model=null")  # which has to be one
 
 
+@pytest.mark.parametrize(
+    ("word", "answer"),
+    [
+        ("dataset.sources=[1,2]", "dataset.sources takes dict[str, Any], found [1, 2]"),
+        ("reward.terms=true", "reward.terms takes dict[str, Any], found True"),
+        ("peft=[1,2]", "The config cannot be composed"),
+        ("hydra/launcher=null", "The config cannot be composed"),
+    ],
+)
+def test_values_of_another_kind_are_answered(word, answer):
+    assert answer in refusal(word)
+
+
 def test_a_folder_of_options_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="typo cannot be used: there is no such folder"):
         compose.compose(["trainer=dpo"], config_dir=str(tmp_path / "typo"))
