@@ -312,7 +312,9 @@ def probe(argv: list[str]) -> None:
     Raises:
         ConfigError: It found something to correct, or did not come to its end; or others wait for this process.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    from runner import launch
+
+    if launch.is_led():
         raise ConfigError(
             "probe=true cannot be done where a launcher started this process as one of several: they would wait. Type "
             "python -m runner.check ... check.probe=true before, and leave it out here."

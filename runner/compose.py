@@ -3,7 +3,6 @@
 import difflib
 import itertools
 import re
-import shlex
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,25 +46,26 @@ def places(arguments: Namespace) -> dict[str, Any]:
     return {"config_dir": arguments.config_dir, "config_name": arguments.config_name or "config"}
 
 
-def pasted(words: list[str], config_dir: str | None = None, config_name: str = "config") -> str:
-    """Return a command as it is typed, with where it has its options from."""
+def command(words: list[str], config_dir: str | None = None, config_name: str = "config") -> list[str]:
+    """Return the words of a command, with where it has its options from."""
     options = [f"--config-dir={config_dir}"] if config_dir else []
     options += [f"--config-name={config_name}"] if config_name != "config" else []
-    return shlex.join(["python", "-m", "runner", *options, *words])
+    return ["python", "-m", "runner", *options, *words]
 
 
-def searchpath(config_dir: str) -> str:
-    """Return the override that lets Hydra find a person's own options, whatever their folder is called.
+def searchpath(*folders: str | Path) -> str:
+    """Return the override that lets Hydra find a person's own options, whatever their folders are called.
 
     Raises:
         ConfigError: There is no such folder; Hydra would only warn.
     """
-    if not Path(config_dir).is_dir():
+    if missing := [folder for folder in folders if not Path(folder).is_dir()]:
         raise ConfigError(
-            f"--config-dir={config_dir} cannot be used: there is no such folder. Type one that holds groups, such as "
+            f"--config-dir={missing[0]} cannot be used: there is no such folder. Type one that holds groups, such as "
             "model/ or experiment/."
         )
-    return f"hydra.searchpath=[{quoted(f'file://{Path(config_dir).resolve()}')}]"
+    places = ",".join(quoted(f"file://{Path(folder).resolve()}") for folder in folders)
+    return f"hydra.searchpath=[{places}]"
 
 
 def quoted(text: object) -> str:
@@ -85,7 +85,7 @@ def rewrite_overrides(overrides: list[str]) -> list[str]:
     """
     from hydra.core.override_parser.types import OverrideType
 
-    overrides = [_quoted(text) for text in overrides]
+    overrides = [_readable(text) for text in overrides]
     rewritten = []
     for text, parsed in zip(overrides, parse(overrides), strict=True):
         plain = parsed.type == OverrideType.CHANGE and parsed.package is None
@@ -180,7 +180,7 @@ def claim(run_dir: Path) -> Path:
     raise AssertionError("unreachable")
 
 
-def _quoted(text: str) -> str:
+def _readable(text: str) -> str:
     """Quote a value that Hydra's grammar has no word for: a slice such as ``train[:500]``, or a path in Chinese."""
     key, equals, value = text.partition("=")
     part = r"\w+(\[[^\[\],]*\])?"
@@ -199,7 +199,7 @@ def parse(overrides: list[str]) -> list[Any]:
     from hydra.errors import HydraException
 
     parsed, faults = [], []
-    for text in map(_quoted, overrides):
+    for text in map(_readable, overrides):
         try:
             parsed += OverridesParser.create().parse_overrides([text])
         except HydraException as error:

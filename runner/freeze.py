@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +30,7 @@ def main() -> None:
     except ConfigError as error:
         sys.stderr.write(f"runner.freeze: {error}\n")
         sys.exit(2)
-    sys.stdout.write(f"{path}\n{compose.pasted([f'experiment={given.name}'], given.config_dir)}\n")
+    sys.stdout.write(f"{path}\n{shlex.join(compose.command([f'experiment={given.name}'], given.config_dir))}\n")
 
 
 def freeze(
@@ -71,11 +72,10 @@ def freeze(
         tree["expect"] = {key: _around(value, tolerance) for key, value in metrics.items()}
     body = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
     folder.mkdir(parents=True, exist_ok=True)
-    header = _header(record, compose.pasted([f"experiment={name}"], config_dir))
+    header = _header(record, shlex.join(compose.command([f"experiment={name}"], config_dir)))
     path.write_text(f"# @package _global_\n{header}{body}", encoding="utf-8")
-    places = ",".join(compose.quoted(f"file://{Path(one).resolve()}") for one in (folder.parent, config_dir or CONF))
     try:
-        made = compose.compose([f"experiment={name}", f"hydra.searchpath=[{places}]"]).config
+        made = compose.compose([f"experiment={name}", compose.searchpath(folder.parent, config_dir or CONF)]).config
         if different := changes(wanted, {key: value for key, value in made.items() if key not in OWN}):
             raise ConfigError(
                 f"{run_dir} cannot be frozen: no recipe can say {', '.join(different)}, such as a key or a term that "

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -158,10 +159,9 @@ class Sweep:
         environment = composed.environment | devices
         shown = [text.removeprefix("++") for text in overrides]
         count = launch.threads(self.plan.search.n_jobs)
-        told = [f"++hydra.job.env_set.{key}={compose.quoted(value)}" for key, value in environment.items()]
-        launcher = (*self.plan.launcher, *told) if self.plan.launcher else ()
-        elsewhere = (launcher, self.plan.where)
-        job = Job(str(run_dir), composed.config, composed.choices, shown, environment, count, *elsewhere)
+        words = [f"++hydra.job.env_set.{key}={compose.quoted(value)}" for key, value in environment.items()]
+        launcher = (*self.plan.launcher, *words) if self.plan.launcher else ()
+        job = Job(str(run_dir), composed.config, composed.choices, shown, environment, count, launcher, self.plan.where)
         trial = Trial(number, slot, job, seconds=self.plan.search.trial_timeout)
         stored = self.study.get_trials(deepcopy=False)[number]
         self.study._storage.set_trial_user_attr(stored._trial_id, "status", "running")
@@ -321,7 +321,7 @@ class Sweep:
         for row in best:
             say(f"{'best' if len(best) == 1 else 'on the front'}: trial {row.number}")
             words = [text.removeprefix("++") for text in (*plan.fixed, *self.point(row.number))]
-            say("  " + compose.pasted(words, **plan.where))
+            say("  " + shlex.join(compose.command(words, **plan.where)))
         if isinstance(weights, dict):
             say("matters: " + ", ".join(f"{key} {share:.2f}" for key, share in weights.items()))
         else:
@@ -337,7 +337,7 @@ class Sweep:
             words = [text for text in self.arguments if not text.lstrip("+").startswith("search.resume")]
             words = [text.removeprefix("++") for text in words]
             words = ["-m", *words, f"search.resume={self.directory}"]
-            say("go on with: " + compose.pasted(words, **plan.where))
+            say("go on with: " + shlex.join(compose.command(words, **plan.where)))
         if self.told and plan.launcher:
             say("jobs that still wait in a scheduler's queue end by themselves as they begin")
         return self.told or int(failures == len(rows) or (failures > 0 and plan.search.fail == "any"))

@@ -11,7 +11,6 @@ import logging
 import multiprocessing
 import os
 import re
-import shlex
 import signal
 import sys
 import threading
@@ -261,7 +260,7 @@ def work(job: Job, leader: Any = None) -> None:
     try:
         if not (run_dir / manifest.FILE).exists():
             (run_dir / "config.yaml").unlink(missing_ok=True)
-            typed = shlex.split(compose.pasted(job.overrides, **job.where))
+            typed = compose.command(job.overrides, **job.where)
             write_run(run_dir, job.config, job.choices, job.overrides, typed)
         if job.launcher:
             remote.lead(run_dir, list(job.launcher), job.where.get("config_dir"))

@@ -1,4 +1,5 @@
 import math
+import shlex
 import shutil
 
 import pytest
@@ -87,9 +88,10 @@ def test_a_metric_that_was_no_number_is_not_expected_and_meets_nothing(tmp_path,
 
 
 def test_a_command_to_paste_says_where_its_options_are():
-    assert compose.pasted(["seed=1"]) == "python -m runner seed=1"
+    assert shlex.join(compose.command(["seed=1"])) == "python -m runner seed=1"
     where = {"config_dir": "my conf", "config_name": "mine"}
-    assert compose.pasted(["seed=1"], **where) == "python -m runner '--config-dir=my conf' --config-name=mine seed=1"
+    told = shlex.join(compose.command(["seed=1"], **where))
+    assert told == "python -m runner '--config-dir=my conf' --config-name=mine seed=1"
 
 
 @pytest.mark.parametrize("name", ["article_sft", "My-Recipe", "../up"])
