@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # pip has compiled what is installed; here the first run compiles ours
+
 
 @dataclass(frozen=True)
 class Cost:

@@ -12,6 +12,7 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the commands that tests start are compiled once, not each time
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the folder of the process that started them
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="runner-tests-")  # of token ids
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
