@@ -13,15 +13,16 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, on Linux
 
 def describe() -> dict[str, Any]:
     """Return what the manifest says about the machine: accelerators, CPU, cores, memory, native bfloat16."""
+    import psutil
     import torch
 
     device = device_type()
     found: dict[str, Any] = {
         "device": device,
         "accelerators": [],
-        "cpu": _cpu_model(),
+        "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "cores": cores(),
-        "memory_gb": _memory_gb(),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "bf16": has_bf16(device),
         "torch_threads": torch.get_num_threads(),
     }
@@ -120,33 +121,26 @@ def has_bf16(device: str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device == "cpu":
         supported = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # true for some that emulate it
-        return supported and bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
+        return supported and bool({"avx512_bf16", "amx_bf16"} & set(_cpuinfo("flags").split()))  # of x86
     return device == "xpu"
 
 
 def memory_bytes(device: str) -> float | None:
     """Return the memory that a process can have there: of the first device, or of the machine or its container."""
+    import psutil
     import torch
 
     if device == "cuda":
         return float(torch.cuda.get_device_properties(0).total_memory)
-    if device != "cpu" or (gigabytes := _memory_gb()) is None:
+    if device != "cpu":
         return None
-    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else "max"
-    return min(gigabytes * 2**30, float(limit)) if limit.isdigit() else gigabytes * 2**30
+    total, limit = psutil.virtual_memory().total, CGROUP_LIMIT.read_text() if CGROUP_LIMIT.exists() else "max"
+    return float(min(total, int(limit)) if limit.strip().isdigit() else total)
 
 
 def cores() -> int:
     """Return how many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cpu_flags() -> set[str]:
-    return set(_cpuinfo("flags").split())  # x86 only
-
-
-def _cpu_model() -> str:
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def _cpuinfo(key: str) -> str:
@@ -156,10 +150,3 @@ def _cpuinfo(key: str) -> str:
         if name.strip() == key:
             return value.strip()
     return ""
-
-
-def _memory_gb() -> float | None:
-    try:
-        return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
-    except (AttributeError, ValueError, OSError):  # not a POSIX system
-        return None
