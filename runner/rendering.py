@@ -1,6 +1,7 @@
 """Rows to text: a prompt and its answer joined, or what the chat template makes of them."""
 
 import json
+import re
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Content = str | list[dict[str, Any]]  # text or messages
+MARKS = re.compile(r"({%[-+]?\s*)(end)?generation(?=\s*[-+]?%})")  # of a template, around what a model is to learn
 
 
 def is_chat(row: Row, reads: str) -> bool:
@@ -91,6 +93,10 @@ def render(
 def _write(
     pairs: Sequence[tuple[int, Any, Any]], tokenizer: "PreTrainedTokenizerBase", options: dict[str, Any]
 ) -> list[tuple[str, str]]:
+    template: Any = tokenizer.chat_template  # by name where there are several
+    if isinstance(template, str):  # as a plain block a mark makes the same text, without the calls that note its place
+        options = {"chat_template": MARKS.sub(r"\1\2with", template), **options}
+
     def write(chats: list[Any], **more: bool) -> list[str]:
         return tokenizer.apply_chat_template(chats, tokenize=False, **options, **more) if chats else []  # type: ignore
 

@@ -1,4 +1,7 @@
+from pathlib import Path
+
 import pytest
+import trl
 from tiny import TEMPLATE, tiny_tokenizer
 
 from runner import rendering
@@ -37,6 +40,22 @@ def test_a_key_without_a_value_is_as_if_it_were_not_there():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE + "{% if messages[0].name is defined %}{{ '<|tool|>' }}{% endif %}"
     assert written(chats(20, name=None), tokenizer) == by_transformers(chats(20), tokenizer)
+
+
+TRIMMED = (
+    "{% for m in messages %}\n  {%- generation -%}\n  {% set last = m.content %} {{ last }}\n  {%+ endgeneration +%}\n"
+    "{{ last or 'unset' }}{% endfor %}"
+)
+TRLS = [Path(trl.__file__).with_name("chat_templates") / f"{name}_training.jinja" for name in
+        ("deepseekv3", "gemma", "glm4moe", "llama3", "phi3", "qwen2_5", "qwen3")]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", [TRIMMED, *(path.read_text() for path in TRLS)])
+def test_marks_around_what_is_learnt_leave_the_text_as_it_is(template):
+    tokenizer, pairs = tiny_tokenizer(), chats(3)
+    tokenizer.chat_template = template
+    assert rendering.MARKS.search(template)
+    assert written(pairs, tokenizer) == by_transformers(pairs, tokenizer)
 
 
 def test_what_else_a_message_and_a_row_hold_is_told_to_the_template():
