@@ -1,5 +1,6 @@
 """Post-train a language model from a config."""
 
+import atexit
 import gc
 import logging
 import os
@@ -10,6 +11,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if sys.argv[:1] == ["-m"]:  # a command of ours: what it imports stays, and most commands end soon; see runner.lean
     gc.disable()
+    atexit.register(gc.freeze)  # nor is all of it looked through as the command ends
 
 if "RUNNER_LEAVE_OUT" in os.environ:  # this process is for runs
     from runner import lean
