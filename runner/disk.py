@@ -3,7 +3,8 @@
 import hashlib
 import marshal
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def state(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Return what tells whether files are as they were, without reading them: path, size and time."""
+    return [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+
+
 def kept(file: Path, about: Any, make: Callable[[], Any]) -> Any:
     """Return plain data from a file that is named after what it follows from, or make it and keep it there.
 
@@ -44,7 +50,8 @@ def kept(file: Path, about: Any, make: Callable[[], Any]) -> Any:
         about: All that the data follows from; its ``repr`` tells.
         make: Makes the data: numbers, texts and collections of them.
     """
-    name, file = file.name, file.with_name(f"{file.name}-{hashlib.sha256(repr(about).encode()).hexdigest()[:12]}")
+    name, known = file.name, hashlib.sha256(repr((sys.version, about)).encode()).hexdigest()
+    file = file.with_name(f"{name}-{known[:12]}")
     with suppress(OSError, ValueError, EOFError, TypeError):
         found = marshal.loads(file.read_bytes())
         os.utime(file)

@@ -121,6 +121,4 @@ class _Watch:
 
 
 def _kept(find: Callable[[], Any], folder: Path, source: Path) -> Any:
-    files = sorted([source, *folder.rglob("*.py")])
-    seen = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
-    return disk.kept(cache_dir() / "transformers", (sys.version, seen), find)
+    return disk.kept(cache_dir() / "transformers", disk.state(sorted([source, *folder.rglob("*.py")])), find)

@@ -1,19 +1,17 @@
-"""Which keys exist, and of which type: our own groups, and upstream's dataclasses read from their source.
+"""Which keys exist, and of which type: our own groups, and upstream's dataclasses read from their source."""
 
-Upstream's classes are read with ``ast`` and never imported: a misspelt key is answered in a fraction of a
-second, without torch, a device or a hub.
-"""
-
-import ast
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, lru_cache, partial
-from importlib.util import find_spec
+from importlib import import_module
+from inspect import isfunction, signature
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Optional, Union, get_args, get_origin
+from typing import Any, ForwardRef, Literal, Optional, Union, get_args, get_origin
 
+from runner import source
 from runner.errors import ConfigError
 
 
@@ -186,17 +184,6 @@ def _adapter(kind: Any, strict: bool) -> Any:
     return TypeAdapter(kind, config=ConfigDict(strict=strict, arbitrary_types_allowed=True))
 
 
-# Classes that moved or went, and the versions that have them. Source: https://github.com/huggingface/trl/releases
-HISTORY = {
-    "trl.PPOConfig": "trl <1.13 had it; runner.ppo.PPOConfig (trainer=ppo) replaces it",
-    "trl.experimental.ppo.PPOConfig": "trl <1.13 had it; runner.ppo.PPOConfig (trainer=ppo) replaces it",
-    "trl.ORPOConfig": "since trl 0.26 it is trl.experimental.orpo.ORPOConfig",
-    "trl.CPOConfig": "since trl 0.26 it is trl.experimental.cpo.CPOConfig",
-    "trl.experimental.orpo.ORPOConfig": "trl >=0.26 has it, and trl 1.16 is what this was tested with",
-    "trl.experimental.cpo.CPOConfig": "trl >=0.26 has it, and trl 1.16 is what this was tested with",
-    "trl.experimental.kto.KTOConfig": "it is trl.KTOConfig",
-}
-
 _TYPING = {
     name: kind
     for kind in (str, int, float, bool, list, dict, tuple, set)
@@ -213,7 +200,7 @@ def own_fields(cls: type) -> dict[str, Field]:
 
 
 def _own_type(kind: Any) -> tuple[Any, str]:
-    return kind, kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+    return kind, kind.__name__ if isinstance(kind, type) else re.sub(r"typing\.|collections\.abc\.", "", str(kind))
 
 
 def keyword_fields(module: str, function: str | None = None) -> dict[str, Field]:
@@ -222,20 +209,17 @@ def keyword_fields(module: str, function: str | None = None) -> dict[str, Field]
     Raises:
         ConfigError: The module has no such function.
     """
-    path = Path(__file__).with_name(f"{module}.py")
-    first = {"rewards": "completions"}.get(module)  # what makes a function of that module a choice
-    public = {
-        n.name: n
-        for n in parse(path).body
-        if isinstance(n, ast.FunctionDef) and (first is None or [a.arg for a in n.args.args][:1] == [first])
-    }
+    home, first = import_module(f"runner.{module}"), {"rewards": "completions"}.get(module)
+    own = [member for member in vars(home).values() if isfunction(member) and member.__module__ == home.__name__]
+    given = {member.__name__: list(signature(member).parameters.values()) for member in own}
+    public = {name: ones for name, ones in given.items() if first in (None, *(one.name for one in ones[:1]))}
     if function is not None and function not in public:
         raise ConfigError(f"runner.{module} has no {function!r}; choose one of {sorted(public)}.")
     return {
-        a.arg: Field(partial(_read_type, a.annotation, path), required=default is None)
-        for name, node in public.items()
-        if function in (None, name)
-        for a, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+        one.name: Field(partial(_own_type, one.annotation), required=one.default is one.empty)
+        for name, ones in public.items()
+        for one in ones
+        if function in (None, name) and one.kind == one.KEYWORD_ONLY
     }
 
 
@@ -249,201 +233,44 @@ def upstream_fields(target: str) -> dict[str, Field]:
     Raises:
         ConfigError: The installed library has no such class.
     """
-    return dict(_fields_of(*locate(target)))
+    return {
+        key: Field(partial(_evaluate, text, path), doc=about.get("help", ""), choices=about.get("choices", []))
+        for path, (key, text, about) in source.keys(*source.locate(target))
+    }
 
 
 @lru_cache(maxsize=64)
 def bases_of(target: str) -> tuple[str, ...]:
     """Return the class name of a config class and of all its bases, nearest first."""
-    return tuple(name for name, _, _ in _lineage(*locate(target)))
-
-
-@lru_cache(maxsize=64)
-def locate(target: str) -> tuple[Path, ast.ClassDef]:
-    """Find the file and the syntax tree of a class by its dotted name, without importing its package.
-
-    Raises:
-        ConfigError: The package is not installed or has no such class; the message names the versions that do.
-    """
-    package, *parts, name = target.split(".")
-    spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"{target} cannot be used: the package {package!r} is not installed. pip install {package}")
-    module = _module_file(Path(spec.submodule_search_locations[0]).joinpath(*parts))
-    found = _find_class(module, name) if module else None
-    if found is None:
-        from importlib.metadata import version
-
-        hint = HISTORY.get(target, "check the name")
-        raise ConfigError(f"The installed {package} {version(package)} has no {target}: {hint}.")
-    return found
-
-
-@lru_cache(maxsize=128)
-def parse(path: Path) -> ast.Module:
-    """Return the syntax tree of a module, which is read once."""
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def _module_file(base: Path) -> Path | None:
-    candidates = (base.with_name(base.name + ".py"), base / "__init__.py")
-    return next(filter(Path.is_file, candidates), None)
-
-
-@lru_cache(maxsize=512)
-def _find_class(path: Path, name: str) -> tuple[Path, ast.ClassDef] | None:
-    """Find a class defined in a module or imported into it, following the imports."""
-    tree = parse(path)
-    for statement in tree.body:
-        if isinstance(statement, ast.ClassDef) and statement.name == name:
-            return path, statement
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                if (alias.asname or alias.name) == name:
-                    module = _imported_file(path, node)
-                    if module and module != path and (found := _find_class(module, alias.name)):
-                        return found
-    return None
-
-
-def _imported_file(path: Path, node: ast.ImportFrom) -> Path | None:
-    parts = node.module.split(".") if node.module else []
-    if node.level:
-        return _module_file(path.parents[node.level - 1].joinpath(*parts))
-    spec = find_spec(parts[0]) if parts[0] in {"trl", "transformers", "peft", "accelerate", "runner"} else None
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return _module_file(Path(spec.submodule_search_locations[0]).joinpath(*parts[1:]))
-
-
-def _lineage(path: Path, node: ast.ClassDef) -> Iterator[tuple[str, Path, ast.ClassDef]]:
-    yield node.name, path, node
-    for base in node.bases:
-        if found := _find_class(path, ast.unparse(base).split(".")[-1]):
-            yield from _lineage(*found)
-
-
-@lru_cache(maxsize=256)
-def _fields_of(path: Path, node: ast.ClassDef) -> tuple[tuple[str, Field], ...]:
-    return tuple(_read_fields(path, node))
-
-
-def _read_fields(path: Path, node: ast.ClassDef) -> Iterator[tuple[str, Field]]:
-    """Yield fields in the order of ``dataclasses.fields``; a class with its own ``__init__`` gives its parameters."""
-    init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
-    if init:
-        arguments = init.args.args[1:]
-        defaults = [None] * (len(arguments) - len(init.args.defaults)) + init.args.defaults
-        for argument, default in zip(arguments, defaults, strict=True):
-            yield argument.arg, Field(partial(_read_type, argument.annotation or _type_of(default), path))
-        return
-    for base in reversed(node.bases):
-        if found := _find_class(path, ast.unparse(base).split(".")[-1]):
-            yield from _fields_of(*found)
-    for statement in node.body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            annotation = ast.unparse(statement.annotation)
-            value = ast.unparse(statement.value) if statement.value else ""
-            if "ClassVar" not in annotation and "init=False" not in value:
-                read = partial(_read_type, statement.annotation, path)
-                about = _metadata(statement.value)
-                yield statement.target.id, Field(read, doc=about.get("help", ""), choices=about.get("choices", []))
-
-
-def _metadata(default: ast.expr | None) -> dict[str, Any]:
-    """Return what a dataclass field's metadata says in plain values, such as its ``help`` and its ``choices``."""
-    found: dict[str, Any] = {}
-    for node in ast.walk(default) if default else ():
-        if isinstance(node, ast.Dict):
-            for key, value in zip(node.keys, node.values, strict=True):
-                if isinstance(key, ast.Constant):
-                    with suppress(ValueError):
-                        found.setdefault(str(key.value), ast.literal_eval(value))
-    return found
-
-
-class _Reader(ast.NodeTransformer):
-    """Rewrites an annotation so that it can be evaluated: enums become their values, what we do not know Any."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.names: dict[str, Any] = dict(_TYPING)
-
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        if node.id not in self.names:
-            found = _find_class(self.path, node.id)
-            values = _enum_values(found[1]) if found else ()
-            self.names[node.id] = Literal[values] if values else Any
-        return node
-
-    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
-        return ast.copy_location(ast.Name("Any", ast.Load()), node)
-
-    def visit_Tuple(self, node: ast.Tuple) -> ast.expr:
-        # accelerate names torch's classes in quotes, as a config cannot: an object of theirs is no value of ours
-        kept = [m for m in node.elts if not (isinstance(m, ast.Constant) and isinstance(m.value, str))]
-        return ast.Tuple([self.visit(m) for m in kept] or [self.visit(ast.Name("Any", ast.Load()))], ast.Load())
-
-    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
-        if ast.unparse(node.value) == "Literal":
-            # peft writes patterns among the values, such as 'pissa_niter_[number of iters]'
-            return ast.Name("str", ast.Load()) if "_[" in ast.unparse(node.slice) else node
-        base = self.visit(node.value)
-        if isinstance(base, ast.Name) and self.names.get(base.id) is Any:
-            return base
-        return ast.Subscript(base, self.visit(node.slice), node.ctx)
-
-    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
-        # "SchedulerType | str": upstream turns the string into the enum, so only its values are right
-        members = [self.visit(m) for m in _union_members(node)]
-        enums = [m for m in members if isinstance(m, ast.Name) and _is_literal(self.names.get(m.id))]
-        kept = [m for m in members if not (enums and isinstance(m, ast.Name) and m.id == "str")]
-        return ast.Subscript(ast.Name("Union", ast.Load()), ast.Tuple(kept, ast.Load()), ast.Load())
-
-
-def _read_type(annotation: ast.expr | None, path: Path) -> tuple[Any, str]:
-    """Return an annotation's type for checking, and its text for messages."""
-    if annotation is None:
-        return Any, "any value"
-    quoted = isinstance(annotation, ast.Constant) and isinstance(annotation.value, str)
-    return _evaluate(annotation.value if quoted else ast.unparse(annotation), path)  # type: ignore[attr-defined]
+    return tuple(name for _, name in source.lineage(*source.locate(target)))
 
 
 @lru_cache(maxsize=1024)
 def _evaluate(text: str, path: Path) -> tuple[Any, str]:
-    reader = _Reader(path)
-    expression = ast.fix_missing_locations(ast.Expression(reader.visit(ast.parse(text, mode="eval").body)))
-    # builtins are emptied: the text is a type annotation of an installed library, never of a config
-    value = eval(compile(expression, str(path), "eval"), {"__builtins__": {}}, reader.names)
-    for name, known in reader.names.items():
-        if _is_literal(known) and name in text:
-            text = " | ".join(str(v) for v in known.__args__) + (" | None" if "None" in text else "")
-    return _own_type(value) if "'torch." in text else (value, text)
+    """Return an annotation's type for checking, and its text for messages."""
+    if "(" in text or "__" in text:  # nothing is called to check a value, whoever could write to the cache
+        return Any, text
+    others = {name: source.values(path, name) for name in set(re.findall(r"[A-Za-z_]\w*", text)) - _TYPING.keys()}
+    enums = {name: Literal[values] for name, values in others.items() if values}
+    try:  # builtins are emptied: the text is a type annotation of an installed library, never of a config
+        kind = eval(text, {"__builtins__": {}}, {**dict.fromkeys(others, Any), **enums, **_TYPING})
+    except (AttributeError, TypeError):  # part of it is a class that we do not know
+        return Any, text
+    for known in enums.values():
+        text = " | ".join(get_args(known)) + (" | None" if "None" in text else "")
+    kind = _allowed(kind, list(enums.values()))
+    return _own_type(kind) if "'torch." in text else (kind, text)
 
 
-def _type_of(default: ast.expr | None) -> ast.expr | None:
-    """Return the annotation that an unannotated parameter's default implies."""
-    if isinstance(default, ast.Constant) and isinstance(default.value, bool | int | float | str):
-        return ast.Name(type(default.value).__name__, ast.Load())
-    return None
-
-
-def _union_members(node: ast.expr) -> list[ast.expr]:
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return _union_members(node.left) + _union_members(node.right)
-    return [node]
-
-
-def _is_literal(value: Any) -> bool:
-    return getattr(value, "__origin__", None) is Literal
-
-
-def _enum_values(node: ast.ClassDef) -> tuple[str, ...]:
-    if not any("Enum" in ast.unparse(base) for base in node.bases):
-        return ()
-    return tuple(
-        s.value.value
-        for s in node.body
-        if isinstance(s, ast.Assign) and isinstance(s.value, ast.Constant) and isinstance(s.value.value, str)
-    )
+def _allowed(kind: Any, enums: list[Any]) -> Any:
+    """Return the values of a type that a config can give."""
+    members = get_args(kind)
+    if get_origin(kind) is Literal and any("_[" in str(value) for value in members):
+        return str  # peft writes patterns among the values, such as 'pissa_niter_[number of iters]'
+    if get_origin(kind) not in (Union, UnionType):
+        return kind
+    # accelerate names torch's classes in quotes, as a config cannot: an object of theirs is no value of ours
+    kept = [_allowed(member, enums) for member in members if not isinstance(member, ForwardRef)]
+    # "SchedulerType | str": upstream turns the string into the enum, so only its values are right
+    kept = [one for one in kept if one is not str or not any(enum in kept for enum in enums)]
+    return Union[tuple(kept)]  # noqa: UP007  of as many as there are

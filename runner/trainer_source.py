@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from runner import schema
+from runner import schema, source
 
 VERSIONS = ("1.16",)  # minor versions of TRL whose source was read and whose losses were compared
 
@@ -21,7 +21,7 @@ def knows_trl() -> bool:
 
 def find(target: str) -> tuple[str, Path]:
     """Return module and file of the trainer that belongs to a config class, which stands beside it or with it."""
-    config, _ = schema.locate(target)
+    config, _ = source.locate(target)
     path = config.with_name(config.name.replace("_config", "_trainer"))
     package = len(path.parts) - path.parts[::-1].index(target.partition(".")[0]) - 1
     return ".".join([*path.parts[package:-1], path.stem]), path
@@ -33,7 +33,7 @@ def metrics(target: str) -> tuple[set[str], list[str]]:
     files = [find(target)[1]]
     files += [Path(__file__).with_name(f"{name}.py") for name in ("rollout", "rl_math") if target.startswith("runner.")]
     names, patterns = set(), []
-    for node in itertools.chain.from_iterable(ast.walk(schema.parse(file)) for file in files):
+    for node in itertools.chain.from_iterable(ast.walk(source.parse(file)) for file in files):
         if isinstance(node, ast.Constant) and re.fullmatch(r"[a-z]\w*(/\w+)*", str(node.value)):
             names.add(str(node.value))
         elif isinstance(node, ast.JoinedStr):
@@ -74,7 +74,7 @@ def _fault(target: str, key: str, word: str) -> str | None:
 def _compared(target: str) -> dict[str, set[str]]:
     """Return the words that a trainer compares names with, by name."""
     found: dict[str, set[str]] = {}
-    for node in ast.walk(schema.parse(find(target)[1])):
+    for node in ast.walk(source.parse(find(target)[1])):
         if isinstance(node, ast.Compare):
             values = [one.value for one in ast.walk(node) if isinstance(one, ast.Constant)]
             words = {value for value in values if isinstance(value, str)}
@@ -84,5 +84,5 @@ def _compared(target: str) -> dict[str, set[str]]:
 
 def _is_quoted(target: str, word: str) -> bool:
     """Return whether the source of a trainer or of its config has a word in quotes."""
-    text = "".join(file.read_text("utf-8") for file in (find(target)[1], schema.locate(target)[0]))
+    text = "".join(file.read_text("utf-8") for file in (find(target)[1], source.locate(target)[0]))
     return re.search(rf"[`'\"]{re.escape(word)}[`'\"]", text) is not None

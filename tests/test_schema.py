@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from runner import engines, schema
+from runner import engines, schema, source
 from runner.config import CONF
 from runner.errors import ConfigError
 
@@ -72,7 +72,7 @@ def test_a_class_that_the_installed_trl_lacks_is_refused_by_name_and_version(tar
 
 def test_the_removed_ppo_names_the_versions_that_had_it():
     with pytest.raises(ConfigError, match=r"trl <1\.13"):
-        schema.locate("trl.PPOConfig")
+        source.locate("trl.PPOConfig")
 
 
 def test_keyword_fields_are_the_options_of_our_functions():
