@@ -1,7 +1,7 @@
 """Which keys exist, and of which type: our own groups, and upstream's dataclasses read from their source."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, lru_cache, partial
@@ -172,7 +172,7 @@ def _is_plainly(value: Any, kind: Any) -> bool:
         return any(_is_plainly(value, member) for member in inner)
     if origin is Literal:
         return any(type(value) is type(known) and value == known for known in inner)
-    if origin is list and type(value) is list:
+    if origin in (list, Sequence) and type(value) is list:
         return all(_is_plainly(member, inner[0]) for member in value)
     return kind is Any or type(value) in ((float, int) if kind is float else (kind,))
 
