@@ -48,9 +48,8 @@ def places(arguments: Namespace) -> dict[str, Any]:
 
 def command(words: list[str], config_dir: str | None = None, config_name: str = "config") -> list[str]:
     """Return the words of a command, with where it has its options from."""
-    options = [f"--config-dir={config_dir}"] if config_dir else []
-    options += [f"--config-name={config_name}"] if config_name != "config" else []
-    return ["python", "-m", "runner", *options, *words]
+    options = {"--config-dir": config_dir, "--config-name": config_name if config_name != "config" else None}
+    return ["python", "-m", "runner", *(f"{name}={value}" for name, value in options.items() if value), *words]
 
 
 def searchpath(*folders: str | Path) -> str:

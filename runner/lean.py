@@ -5,14 +5,15 @@ drags in much of ``torch._inductor``. Where nothing in a config can ask for it, 
 scipy and boto3 are imported by transformers and accelerate wherever they are found, for models of images and to ask
 about SageMaker: they are not found until that is over.
 Python looks for garbage in cycles every 700 new objects, of which the libraries make half a million that stay.
-And transformers reads the 1,600 modules of its models twice when it is imported, to see what is in them.
+And transformers reads the 1,600 modules of its models twice when it is imported, to see what is in them, and what is
+installed is asked for by several.
 """
 
 import gc
 import importlib.metadata
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -47,7 +48,8 @@ def begin(names: str) -> None:
         for name in (*names.split(), *LATER):
             sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # None: a module that is not there
         sys.meta_path.insert(0, _Watch())
-        importlib.metadata.packages_distributions = cache(importlib.metadata.packages_distributions)
+        find, places = importlib.metadata.packages_distributions, filter(Path.is_dir, map(Path, sys.path))
+        importlib.metadata.packages_distributions = cache(lambda: _kept("packages", places, find))
 
 
 def settle() -> None:
@@ -112,7 +114,8 @@ class _Watch:
             execute(module)
             if find := getattr(module, FINDER, None):
                 models = Path(module.__file__).parents[1] / "models"
-                read = cache(lambda: _kept(lambda: find(models), models, Path(module.__file__)))
+                files = [Path(module.__file__), *models.rglob("*.py")]
+                read = cache(lambda: _kept("transformers", sorted(files), lambda: find(models)))
                 setattr(module, FINDER, lambda of: read() if Path(of) in (models, models / "__init__.py") else find(of))
 
         if execute:
@@ -120,5 +123,5 @@ class _Watch:
         return spec
 
 
-def _kept(find: Callable[[], Any], folder: Path, source: Path) -> Any:
-    return disk.kept(cache_dir() / "transformers", disk.state(sorted([source, *folder.rglob("*.py")])), find)
+def _kept(name: str, files: Iterable[Path], find: Callable[[], Any]) -> Any:
+    return disk.kept(cache_dir() / name, disk.state(files), find)

@@ -59,10 +59,9 @@ def find_class(path: Path, name: str) -> tuple[Path, str] | None:
     if name in said["classes"]:
         return path, name
     for here, there, module, level in said["imports"]:
-        if here == name:
-            file = _imported_file(path, module.split(".") if module else [], level)
-            if file and file != path and (found := find_class(file, there)):
-                return found
+        file = _imported_file(path, module.split(".") if module else [], level) if here == name else None
+        if file and file != path and (found := find_class(file, there)):
+            return found
     return None
 
 

@@ -81,6 +81,27 @@ def test_what_transformers_finds_in_itself_is_kept_and_found_again_when_it_is_da
     assert kept.stat().st_size > 1_000
 
 
+def test_what_is_installed_is_kept_until_a_package_comes(tmp_path):
+    def install(name):
+        (about := site / f"{name}-1.dist-info").mkdir(parents=True)
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        (about / "top_level.txt").write_text(f"{name}\n")
+
+    def there():
+        asked = "from runner import lean\nlean.begin('')\nimport importlib.metadata as installed\n"
+        asked += "print(sorted({'one', 'two'} & set(installed.packages_distributions())))"
+        places = f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+        return said(asked, RUNNER_CACHE=str(tmp_path / "cache"), PYTHONPATH=places), len(
+            list((tmp_path / "cache").iterdir())
+        )
+
+    site = tmp_path / "site"
+    install("one")
+    assert there() == there() == ("['one']\n", 1)
+    install("two")
+    assert there() == there() == ("['one', 'two']\n", 2)
+
+
 def test_a_process_that_is_started_for_a_run_is_told_what_to_leave_out():
     found = "import runner\nprint(importlib.util.find_spec('bitsandbytes') is not None)"
     assert said(found, RUNNER_LEAVE_OUT="bitsandbytes") == "False\n"
