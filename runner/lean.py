@@ -12,6 +12,7 @@ installed is asked for by several.
 import gc
 import importlib.metadata
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -19,9 +20,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
-from runner import disk
-from runner.embedded import NAME as EMBEDDED
-from runner.embedded import cache_dir
+from runner import disk, embedded
 from runner.hub import REPO_ID
 from runner.safety import RUN_CODE
 
@@ -48,7 +47,7 @@ def begin(names: str) -> None:
         for name in (*names.split(), *LATER):
             sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # None: a module that is not there
         sys.meta_path.insert(0, _Watch())
-        find, places = importlib.metadata.packages_distributions, filter(Path.is_dir, map(Path, sys.path))
+        find, places = importlib.metadata.packages_distributions, map(Path, filter(os.path.isdir, sys.path))
         importlib.metadata.packages_distributions = cache(lambda: _kept("packages", places, find))
 
 
@@ -83,7 +82,7 @@ def _walk(node: Any) -> Iterator[tuple[dict[str, Any], str, Any]]:
 
 def _is_plain(name_or_path: str, revision: str | None) -> bool:
     """Return whether a model is known to be whole and not quantized; one that is not here yet may be anything."""
-    if name_or_path == EMBEDDED:
+    if name_or_path == embedded.NAME:
         return True
     path: Any = Path(name_or_path).expanduser() / "config.json"
     if not path.is_file() and REPO_ID.fullmatch(name_or_path):
@@ -124,4 +123,4 @@ class _Watch:
 
 
 def _kept(name: str, files: Iterable[Path], find: Callable[[], Any]) -> Any:
-    return disk.kept(cache_dir() / name, disk.state(files), find)
+    return disk.kept(embedded.cache_dir() / name, disk.state(files), find)

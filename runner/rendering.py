@@ -94,7 +94,7 @@ def _write(
     pairs: Sequence[tuple[int, Any, Any]], tokenizer: "PreTrainedTokenizerBase", options: dict[str, Any]
 ) -> list[tuple[str, str]]:
     template: Any = tokenizer.chat_template  # by name where there are several
-    if isinstance(template, str):  # as a plain block a mark makes the same text, without the calls that note its place
+    if isinstance(template, str) and MARKS.search(template):  # as a plain block it makes the same text, and no calls
         options = {"chat_template": MARKS.sub(r"\1\2with", template), **options}
 
     def write(chats: list[Any], **more: bool) -> list[str]:
