@@ -1,6 +1,6 @@
 """Start-up beside a bare Hydra app with the same groups and options: `python benchmarks/startup.py`.
 
-Of the runs of a command, in turn with the other's, the least counts: what else a machine does only adds to it.
+Of the runs of a command the least counts: what else a machine does only adds to it.
 """
 
 import argparse

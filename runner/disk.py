@@ -52,9 +52,10 @@ def kept(file: Path, about: Any, make: Callable[[], Any]) -> Any:
     """
     name, known = file.name, hashlib.sha256(repr((sys.version, about)).encode()).hexdigest()
     file = file.with_name(f"{name}-{known[:12]}")
-    with suppress(OSError, ValueError, EOFError, TypeError):
+    with suppress(OSError, ValueError, EOFError, TypeError, MemoryError):
         found = marshal.loads(file.read_bytes())
-        os.utime(file)
+        with suppress(OSError):  # it is somebody else's
+            os.utime(file)
         return found
     found = make()
     with suppress(OSError, ValueError):

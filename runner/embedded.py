@@ -32,7 +32,8 @@ def cache_dir() -> Path:
     if own := os.environ.get("RUNNER_CACHE"):
         return Path(own).expanduser().absolute()
     xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "runner"
+    of_user = os.path.expanduser("~/.cache")  # noqa: PTH111  it answers where there is no home, too
+    return Path(xdg if xdg.is_absolute() else of_user, "runner")
 
 
 def materialise() -> Path:

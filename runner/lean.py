@@ -47,8 +47,8 @@ def begin(names: str) -> None:
         for name in (*names.split(), *LATER):
             sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # None: a module that is not there
         sys.meta_path.insert(0, _Watch())
-        find, places = importlib.metadata.packages_distributions, map(Path, filter(os.path.isdir, sys.path))
-        importlib.metadata.packages_distributions = cache(lambda: _kept("packages", places, find))
+        find, places = importlib.metadata.packages_distributions, lambda: map(Path, filter(os.path.isdir, sys.path))
+        importlib.metadata.packages_distributions = cache(lambda: _kept("packages", places(), find))
 
 
 def settle() -> None:

@@ -239,7 +239,6 @@ def upstream_fields(target: str) -> dict[str, Field]:
     }
 
 
-@lru_cache(maxsize=64)
 def bases_of(target: str) -> tuple[str, ...]:
     """Return the class name of a config class and of all its bases, nearest first."""
     return tuple(name for _, name in source.lineage(*source.locate(target)))
@@ -248,7 +247,7 @@ def bases_of(target: str) -> tuple[str, ...]:
 @lru_cache(maxsize=1024)
 def _evaluate(text: str, path: Path) -> tuple[Any, str]:
     """Return an annotation's type for checking, and its text for messages."""
-    if "(" in text or "__" in text:  # nothing is called to check a value, whoever could write to the cache
+    if "(" in text or "__" in text or not text.isascii():  # no call, whoever can write to the cache
         return Any, text
     others = {name: source.values(path, name) for name in set(re.findall(r"[A-Za-z_]\w*", text)) - _TYPING.keys()}
     enums = {name: Literal[values] for name, values in others.items() if values}
@@ -268,9 +267,9 @@ def _allowed(kind: Any, enums: list[Any]) -> Any:
     if get_origin(kind) is Literal and any("_[" in str(value) for value in members):
         return str  # peft writes patterns among the values, such as 'pissa_niter_[number of iters]'
     if get_origin(kind) not in (Union, UnionType):
-        return kind
+        return Any if "ForwardRef(" in str(kind) else kind
     # accelerate names torch's classes in quotes, as a config cannot: an object of theirs is no value of ours
     kept = [_allowed(member, enums) for member in members if not isinstance(member, ForwardRef)]
     # "SchedulerType | str": upstream turns the string into the enum, so only its values are right
     kept = [one for one in kept if one is not str or not any(enum in kept for enum in enums)]
-    return Union[tuple(kept)]  # noqa: UP007  of as many as there are
+    return Union[tuple(kept) or Any]  # noqa: UP007  of as many as there are

@@ -1,3 +1,4 @@
+import psutil
 import pytest
 import torch
 
@@ -144,3 +145,10 @@ def test_gradients_that_are_kept_on_the_cpu_get_a_group_of_processes_there(cuda,
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
     assert engines.fields(node)["ddp_backend"] == "cuda:nccl,cpu:gloo"
     assert "ddp_backend" not in engines.fields({"fsdp": {"cpu_offload": False}})
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("1073741824\n", 2**30), ("max\n", None), (f"{2**62}\n", None)])
+def test_a_process_has_the_memory_of_its_container_or_of_the_machine(limit, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "CGROUP_LIMIT", tmp_path / "memory.max")
+    (tmp_path / "memory.max").write_text(limit)
+    assert hardware.memory_bytes("cpu") == (expected or psutil.virtual_memory().total)
