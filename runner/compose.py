@@ -63,8 +63,8 @@ def searchpath(*folders: str | Path) -> str:
             f"--config-dir={missing[0]} cannot be used: there is no such folder. Type one that holds groups, such as "
             "model/ or experiment/."
         )
-    places = ",".join(quoted(f"file://{Path(folder).resolve()}") for folder in folders)
-    return f"hydra.searchpath=[{places}]"
+    urls = ",".join(quoted(f"file://{Path(folder).resolve()}") for folder in folders)
+    return f"hydra.searchpath=[{urls}]"
 
 
 def quoted(text: object) -> str:

@@ -20,3 +20,12 @@ def test_what_was_made_is_read_again_until_it_is_the_one_that_nobody_read_for_lo
     keep(0)
     keep(1)
     assert made[KEPT + 1 :] == [1]
+
+
+def test_what_somebody_else_kept_is_read_though_it_cannot_be_touched(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(path)
+
+    assert kept(tmp_path / "squares", 3, lambda: 9) == 9
+    monkeypatch.setattr(os, "utime", refuse)
+    assert kept(tmp_path / "squares", 3, lambda: 0) == 9

@@ -297,3 +297,13 @@ def test_its_answers_are_marked_with_their_stop_tokens(smollm):
     found = tokenizer.apply_chat_template(TALK, return_dict=True, return_assistant_tokens_mask=True)
     marked = [i for i, on in zip(found["input_ids"], found["assistant_masks"], strict=True) if on]
     assert tokenizer.decode(marked) == "Hello<|im_end|>"
+
+
+def test_the_cache_has_a_place_where_there_is_no_home(monkeypatch):
+    def refuse(number):
+        raise KeyError(number)
+
+    for name in ("HOME", "XDG_CACHE_HOME", "RUNNER_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", refuse)  # as in a container that runs as a user it does not know
+    assert cache_dir().parts[-2:] == (".cache", "runner")
