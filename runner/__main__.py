@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.hydra import Hydra
 from omegaconf import DictConfig, OmegaConf
 
 from runner import compose, console, lean, resume
@@ -140,6 +141,7 @@ def main() -> None:
         sys.stderr.write(f"runner: {error}\n")
         sys.exit(console.exit_code(error))
     lean.settle()
+    Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]  # composes, to look whether hydra.mode is set
     task()
 
 

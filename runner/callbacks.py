@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 
 from runner.errors import RunStopped
@@ -256,7 +257,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _fingerprint(model: Any) -> torch.Tensor:
-    """Return sum and sum of squares of every trainable parameter, so wide that one moved element shows.
+    """Return sum and norm of every trainable parameter, so wide that one moved element shows.
 
     Returns:
         float64 of shape (parameters, 2) on the CPU.
@@ -265,20 +266,16 @@ def _fingerprint(model: Any) -> torch.Tensor:
     for _, parameter in _trainable(model):
         flat = _local(getattr(parameter, "ds_tensor", parameter)).reshape(-1)  # of DeepSpeed's: this rank's part
         wide = torch.float32 if flat.device.type == "mps" else torch.float64  # mps has no float64
-        total = torch.zeros(2, dtype=wide, device=flat.device)
-        for chunk in flat.split(CHUNK):
-            part = chunk.to(wide)
-            total += torch.stack([part.sum(), part.square().sum()])
-        rows.append(total)
+        parts = [(one.sum(dtype=wide), torch.linalg.vector_norm(one, dtype=wide)) for one in flat.split(CHUNK)]
+        rows.append(torch.stack([torch.stack(part) for part in parts]).sum(0))
     return torch.stack(rows).double().cpu()
 
 
 def _largest_gradient(model: Any) -> float | None:
     """Return the largest absolute gradient over all ranks; None where it is kept elsewhere (DeepSpeed)."""
     gradients = [_local(p.grad) for _, p in _trainable(model) if p.grad is not None]
-    sizes = [torch.linalg.vector_norm(g, ord=math.inf).float() for g in gradients if g.numel()]
-    seen = over_ranks(float(len(sizes)))
-    largest = over_ranks(float(torch.stack(sizes).max()) if sizes else 0.0)  # max and sum both keep NaN
+    seen = over_ranks(float(len(gradients)))
+    largest = over_ranks(float(get_total_norm([g for g in gradients if g.numel()], math.inf)))  # keeps NaN, as sum does
     return largest if seen else None
 
 

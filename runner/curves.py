@@ -69,6 +69,9 @@ def panels(lines: Sequence[Line], scores: Sequence[str]) -> list[tuple[str, tupl
 def plot(lines: Sequence[Line], path: str | Path, *, title: str, scores: Sequence[str] = ()) -> bool:
     """Draw the curves into a PNG file; False where there is nothing to draw."""
     from matplotlib import rc_context
+    from matplotlib.artist import Artist
+
+    Artist._update_set_signature_and_docstring = lambda: None  # type: ignore[attr-defined]  # a third of the import
     from matplotlib.figure import Figure
 
     chosen = panels(lines, scores)

@@ -67,8 +67,9 @@ def find_dangers(config: dict[str, Any], typed: set[str]) -> list[str]:
             found += _target_danger(path, key, value)
         if isinstance(value, str):
             found += _interpolation_danger(path, value)
-        if path in {"hydra.mode", "hydra.sweeper.params"} and value and not any(t.startswith(path) for t in typed):
-            found.append(f"{path} is refused from a file: a sweep is started on the command line, with -m.")
+        starts = path == "hydra.sweeper.params" and not any(key.startswith(path) for key in typed)
+        if value and (starts or path == "hydra.mode"):
+            found.append(f"{path} is refused: a sweep is started on the command line, with -m.")
         if path.startswith("hydra.launcher"):
             found += _launcher_danger(path, key, value, typed)
         if path.startswith(("hydra.job_logging.", "hydra.hydra_logging.")):

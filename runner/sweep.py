@@ -38,8 +38,6 @@ def main(hydra: Any, arguments: list[str]) -> None:
     directory = Path(hydra.sweep.dir)
     GlobalHydra.instance().clear()  # trials are composed as runs are, which begins afresh
     try:
-        if not search.prepared:
-            raise ConfigError("hydra.mode alone starts no sweep: type python -m runner -m ...")
         plan = search.prepared.pop()
         of_trials = [text for text in plan.fixed if text.lstrip("+~").startswith("hydra.job.env_set")]
         code = run(plan, directory, [*arguments, *plan.launcher, *of_trials])

@@ -146,6 +146,11 @@ def test_a_key_without_effect_is_refused(override, answer):
     assert answer in refusal(override)
 
 
+@pytest.mark.parametrize("mode", ["MULTIRUN", "RUN"])
+def test_only_the_command_line_starts_a_sweep(mode):
+    assert refusal(f"hydra.mode={mode}") == "hydra.mode is refused: a sweep is started on the command line, with -m."
+
+
 def test_no_steps_at_all_are_said_to_mean_epochs():
     config = compose.compose(["trainer.max_steps=0"]).config
     assert find_idle(config, ["trainer.max_steps"]) == [

@@ -90,13 +90,15 @@ def test_what_is_installed_is_kept_until_a_package_comes(tmp_path):
     def there():
         asked = "from runner import lean\nlean.begin('')\nimport importlib.metadata as installed\n"
         asked += "print(sorted({'one', 'two'} & set(installed.packages_distributions())))"
-        places = f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+        places = os.pathsep.join([str(site), str(tmp_path / "work"), os.environ.get("PYTHONPATH", "")])
         return said(asked, RUNNER_CACHE=str(tmp_path / "cache"), PYTHONPATH=places)
 
     site = tmp_path / "site"
     install("one")
     assert there() == there() == "['one']\n"
-    assert list((tmp_path / "cache").glob("packages-*"))
+    (tmp_path / "work" / "outputs").mkdir(parents=True)
+    assert there() == "['one']\n"
+    assert len(list((tmp_path / "cache").glob("packages-*"))) == 1  # a run's folder changes, and no package comes
     install("two")
     assert there() == "['one', 'two']\n"
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from multiprocessing import forkserver
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,15 +85,6 @@ def test_a_grid_has_hydras_combinations_in_hydras_order(overrides):
 def test_every_value_is_composed_once_before_the_first_trial():
     axes, _ = search._split([(t, compose.parse([t])[0]) for t in ["trainer=sft,dpo", "seed=int(interval(1,9))"]])
     assert search.corners(axes) == [["trainer=sft", "seed=1"], ["trainer=dpo", "seed=1"], ["trainer=sft", "seed=9"]]
-
-
-def test_a_sweep_that_was_not_checked_is_refused(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(search, "prepared", [])
-    hydra = SimpleNamespace(sweep=SimpleNamespace(dir=str(tmp_path)), overrides=SimpleNamespace(hydra=[]))
-    with pytest.raises(SystemExit) as ended:
-        sweep.main(hydra, ["seed=1"])
-    assert ended.value.code == 2
-    assert "type python -m runner -m" in capsys.readouterr().err
 
 
 def test_a_trial_is_the_run_that_its_check_composed():
