@@ -4,10 +4,12 @@ Same model, rows, order, seed, steps, threads (one) and LoRA; float32; no evalua
 when a side logs its first and its last step, so that none reports on itself. A comparison whose losses differ in the
 first four digits is void. LLaMA-Factory gets an environment of its own, with the versions that it asks for.
 
-`--orders FOLDER` takes the rows of a folder, at batch 8, once in random order and once grouped by length.
+`--orders FOLDER` takes the rows of a folder, at batch 8, in random order and grouped by length, both once as upstream
+reads them and once with what the rows of a batch begin with read once.
 """
 
 import argparse
+import itertools
 import json
 import re
 import shutil
@@ -185,25 +187,27 @@ def compare(job: str, data: Path, scratch: Path, asked: argparse.Namespace) -> N
 
 
 def compare_orders(data: Path, scratch: Path, rows: int, layers: int) -> None:
-    """Train an epoch of the same rows in both orders, and print the tokens of a CPU second."""
+    """Train an epoch of the same rows in both orders, shared or not, and print the tokens of a CPU second."""
     model, speed = scratch / "model", {}
     shutil.copytree(materialise(), model)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers, "layer_types": None}))
-    for order in ("random", "group_by_length"):
+    for order, shares in itertools.product(("random", "group_by_length"), ("false", "true")):
+        out = scratch / f"{order}-{shares}"
         more = [
+            f"share_prefixes={shares}",
             f"model.name_or_path={model}",
             f"dataset.train=train[:{rows}]",
             "trainer.num_train_epochs=1",
             "trainer.per_device_train_batch_size=8",
         ]
-        command = runner_command("sft", data, scratch / order, -1, *more, f"trainer.train_sampling_strategy={order}")
+        command = runner_command("sft", data, out, -1, *more, f"trainer.train_sampling_strategy={order}")
         cost = measure.run(command, env=THREADS, cwd=scratch, mark=r"step \d+/")
-        told = [json.loads(line) for line in (scratch / order / "metrics.jsonl").read_text().splitlines()]
+        told = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         tokens = [line["num_tokens"] for line in told if "num_tokens" in line]
-        speed[order] = (max(tokens) - tokens[0]) / (cost.last - cost.marked)
-        print(f"{order}: {speed[order]:.0f} tokens a CPU s", flush=True)
-    print(f"ratio {speed['group_by_length'] / speed['random']:.2f}")
+        speed[order, shares] = (max(tokens) - tokens[0]) / (cost.last - cost.marked)
+        ratio = speed[order, shares] / speed["random", "false"]
+        print(f"{order}, share_prefixes={shares}: {speed[order, shares]:.0f} tokens a CPU s, {ratio:.2f}", flush=True)
 
 
 if __name__ == "__main__":

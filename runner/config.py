@@ -199,6 +199,7 @@ IDLE: list[tuple[str, Callable[[dict[str, Any], dict[str, Any]], bool], str]] = 
      "this trainer has an order of its own"),
     ("trainer.train_sampling_strategy", lambda t, c: bool(t.get("packing")), "packed rows have one length"),
     ("trainer.packing_strategy", lambda t, c: not t.get("packing"), "trainer.packing is not set"),
+    ("share_prefixes", lambda t, c: trainer_name(t["_target_"]) == "ppo", "PPO reads each row alone"),
     ("trainer.gradient_checkpointing_kwargs", lambda t, c: t.get("gradient_checkpointing") is False,
      "trainer.gradient_checkpointing is false"),
     ("trainer.ref_model_mixup_alpha trainer.ref_model_sync_steps", lambda t, c: not t.get("sync_ref_model"),

@@ -114,12 +114,7 @@ def load_splits(
 
 
 def _mix(
-    reads: str,
-    sources: Mapping[str, Mapping[str, Any]],
-    *,
-    run_seed: int,
-    stopping_strategy: str,
-    too_long: str,
+    reads: str, sources: Mapping[str, Mapping[str, Any]], *, run_seed: int, stopping_strategy: str, too_long: str
 ) -> Splits:
     weights: dict[str, float] = {}
     loaded: dict[str, tuple[Part, Part | None]] = {}

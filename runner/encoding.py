@@ -268,12 +268,7 @@ def _columns(row: Sequence[Spelt], shared: int, columns: Sequence[str]) -> dict[
 
 
 def spell_rows(
-    rows: Sequence[Row],
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    reads: str,
-    tools: bool = True,
-    first_row: int = 1,
+    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", *, reads: str, tools: bool = True, first_row: int = 1
 ) -> list[list[Spelt]]:
     """Return the sequences of each row; arguments are those of ``encode_rows``.
 

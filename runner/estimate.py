@@ -4,14 +4,14 @@ Bytes are those of one process. B sequences of a forward pass, L tokens of the l
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 PROCESS = 610e6  # bytes of Python and its libraries, a tokenizer and rows, before any weights; measured on a CPU
 CONTEXT = 500e6  # bytes that a CUDA context holds beside the tensors
 VOCABULARY_TILE, TOKEN_TILE = 32_768, 4_096  # of TRL's LM head.   Source: trl 1.16, trl/kernels/chunked_logprob.py
-PAYS = 0.9  # prefix_sharing.SAVES
+SAVES = 0.9  # of the cost of reading a batch as it is: above it, sharing beginnings does not pay
 PPO_CELLS = 1 << 26  # logits that PPO holds at a time: actor_critic.HEAD_CELLS
 
 # Bytes of optimizer state per trained number; every other optimizer of transformers keeps Adam's two floats.
@@ -139,7 +139,7 @@ class Model:
         context: tokens that the model can read; 0 where it does not say.
         unit: bytes of the largest piece that is gathered at a time where weights are split: a layer, or the embedding.
         unpacked: bytes that are lost between what is kept where quantized weights are made whole, one after the other.
-        shares_prefixes: whether it reads what a pair has in common once.
+        per_token: as in ``read_together``, where it reads what rows have in common once; 0 where it does not.
     """
 
     parameters: int
@@ -156,7 +156,7 @@ class Model:
     context: int
     unit: float = 0
     unpacked: float = 0
-    shares_prefixes: bool = False
+    per_token: int = 0
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Work:
         sequences: in a forward pass that has a backward pass.
         length: tokens of the longest, to which all are padded.
         scored: tokens of these sequences that meet the output layer.
-        shared: of all tokens, the part that a model reads which shares prefixes.
+        alike: tokens that a sequence and the one before begin with: the first of a pair, the second; or the same twice.
         optimizer: as in ``trainer.optim``.
         checkpointing: whether activations are recomputed.
         accumulates: whether gradients are held through several passes.
@@ -184,7 +184,7 @@ class Work:
     sequences: int
     length: float
     scored: float
-    shared: float = 1.0
+    alike: tuple[int, int] = (0, 0)
     optimizer: str = "adamw_torch_fused"
     checkpointing: bool = False
     accumulates: bool = False
@@ -217,7 +217,8 @@ def work_of(
     sequences, length = sides * batch, audit["longest"]
     scored = min(sequences * audit["completion_tokens"]["p90"], sequences * length)
     scored += (sequences * length - scored) / 2 if trainer == "orpo" else 0  # it learns the chosen one's prompt, too
-    graphs = 1
+    graphs, packed, alike = 1, getattr(arguments, "packing", False), audit.get("common", 0)
+    apart = packed or (audit.get("truncated") and getattr(arguments, "truncation_mode", "") == "keep_end")
     if answers_prompts(arguments):
         answer = arguments.max_completion_length or 0
         length = audit["longest"] + answer
@@ -228,31 +229,49 @@ def work_of(
         else:
             many = batch * arguments.steps_per_generation
         sampled, sampled_length = max(sampled, many), max(sampled_length, length)
-    elif getattr(arguments, "packing", False):
+    elif packed:
         length = arguments.max_length
         scored = batch * length
     return Work(
-        trainer=trainer,
-        sequences=sequences,
-        length=length,
-        scored=scored,
-        shared=_part_of_pair(arguments, audit),
-        optimizer=str(getattr(arguments.optim, "value", arguments.optim)),
-        checkpointing=bool(arguments.gradient_checkpointing),
-        accumulates=accumulated > 1,
-        sampled=sampled,
-        sampled_length=sampled_length,
-        copies=copies,
-        graphs=graphs,
+        trainer=trainer, sequences=sequences, length=length, scored=scored, copies=copies, graphs=graphs,
+        alike=(0, 0) if apart else (alike, max(alike, 2 * audit["longest"] - audit.get("longest_pair", math.inf))),
+        optimizer=str(getattr(arguments.optim, "value", arguments.optim)), accumulates=accumulated > 1,
+        checkpointing=bool(arguments.gradient_checkpointing), sampled=sampled, sampled_length=sampled_length,
         cuda=not arguments.use_cpu,
-    )
+    )  # fmt: skip
 
 
-def _part_of_pair(arguments: Any, audit: dict[str, Any]) -> float:
-    """Return the part of the longest pair's tokens that is left where its prompt is read once."""
-    cut_apart = audit.get("truncated") and getattr(arguments, "truncation_mode", "") == "keep_end"
-    part = audit.get("longest_pair", math.inf) / (2 * audit["longest"])
-    return part if part <= PAYS and not cut_apart else 1.0
+def _tokens_read(model: Model, work: Work) -> float:
+    """Return the tokens of the largest pass, of rows as long as the longest."""
+    rows, size = work.sequences, round(work.length)
+    if not model.per_token or rows == 1:
+        return rows * work.length
+    alike = (work.alike * rows)[:rows]
+    together, width = read_together([size] * rows, alike, size=size, per_token=model.per_token, padded=False)
+    return math.ceil(rows / together) * width
+
+
+def read_together(
+    length: Sequence[int], common: Sequence[int], *, size: int, per_token: int, padded: bool
+) -> tuple[int, int]:
+    """Return how many rows of a batch are best read as one sequence, and the tokens of the longest; 1 where none are.
+
+    Args:
+        length: (B,), tokens of the rows.
+        common: (B,), tokens that each has in common with the row before.
+        size: to which the rows are padded where each is read alone.
+        per_token: what a token costs beside its attention, in tokens that it attends to.
+        padded: whether any row is; where none is, a token's attention skips what comes after it.
+    """
+    rows = len(length)
+    best, cost = (1, size), SAVES * rows * size * (per_token + size / (1 if padded else 2))
+    for together in range(2, rows + 1):
+        starts = range(0, rows, together)
+        width = max(sum(length[i : i + together]) - sum(common[i + 1 : i + together]) for i in starts)
+        found = len(starts) * width * (per_token + width)
+        if found <= cost:
+            best, cost = (together, width), found
+    return best
 
 
 def shares(node: dict[str, Any], processes: int, *, accumulates: bool) -> Shares:
@@ -288,7 +307,7 @@ def estimate_memory(model: Model, work: Work) -> dict[str, int]:
     kept, own = model.kept_checkpointed if work.checkpointing else model.kept, work.shares
     gathered = (2 * model.unit if own.resharded else model.weights) if own.gathers else 0  # the next beside the present
     gradients = 4 * model.trainable * own.gradients
-    tokens = work.sequences * work.length * (work.shared if model.shares_prefixes else 1)
+    tokens = _tokens_read(model, work)
     parts = {
         "process": CONTEXT if work.cuda else PROCESS,
         "weights": model.weights * own.weights + gathered,

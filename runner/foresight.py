@@ -66,7 +66,8 @@ def count_models(
     shape = {"arguments": arguments, "sequences": work.sequences, "length": max(2, round(work.length))}
     quantization = config["quantization"] or None
     policy = skeleton.count(config["model"], tokenizer=tokenizer, quantization=quantization, **kind, **shape)
-    policy = replace(policy, shares_prefixes=policy.shares_prefixes and trainer in prefix_sharing.TRAINERS)
+    shares = trainer in prefix_sharing.TRAINERS and config.get("share_prefixes", True)
+    policy = replace(policy, per_token=policy.per_token if shares else 0)
     judges = reach.reward_models(config["reward"]) if estimate.answers_prompts(arguments) else {}
     judges = {key: node for key, node in judges.items() if f"{key}.name_or_path" not in absent}
     copies = _copies(policy, judges, trainer=trainer, arguments=arguments, adapted=adapter is not None)

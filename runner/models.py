@@ -113,11 +113,7 @@ def load_policy(name_or_path: str, *, tokenizer: "PreTrainedTokenizerBase", **op
 
 
 def load_classifier(
-    name_or_path: str,
-    *,
-    tokenizer: "PreTrainedTokenizerBase",
-    scores: bool = False,
-    **options: Any,
+    name_or_path: str, *, tokenizer: "PreTrainedTokenizerBase", scores: bool = False, **options: Any
 ) -> "PreTrainedModel":
     """Return a sequence classifier with one score that fits ``tokenizer``.
 

@@ -286,13 +286,7 @@ class RolloutMaker:
         return rollout, self._samples(episodes, shaped.scores.tolist(), state, rollout=index)
 
     def _note(
-        self,
-        episodes: list[Episode],
-        shaped: rl_math.Shaped,
-        logps: Tensor,
-        mask: Tensor,
-        scored: Tensor,
-        away: Tensor,
+        self, episodes: list[Episode], shaped: rl_math.Shaped, logps: Tensor, mask: Tensor, scored: Tensor, away: Tensor
     ) -> None:
         """Record what a rollout was like, warn of what cannot be learned from, and steer the KL.
 

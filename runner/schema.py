@@ -115,6 +115,7 @@ class Root:
     check_expected: bool = False
     probe: bool = False
     global_batch_size: int | None = None
+    share_prefixes: bool = True
 
 
 # Numbers that none of the libraries refuses, or only once the weights are loaded.

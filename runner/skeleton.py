@@ -48,7 +48,7 @@ def count(
         model = build(node, tokenizer=tokenizer, adapter=adapter, classifier=classifier, dtype=dtype)
         base = model.get_base_model() if adapter else model
         shares = not prefix_sharing.why_not(base, shape["arguments"], adapter)
-        return replace(measure(model, **shape), shares_prefixes=shares)
+        return replace(measure(model, **shape), per_token=prefix_sharing.per_token(base.config) if shares else 0)
 
     if node.get("trust_remote_code"):
         return make()

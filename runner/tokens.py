@@ -1,14 +1,20 @@
-"""Auditing the tokens of rows: which rows are too long, and whether what should be learnt is in the loss."""
+"""Auditing the tokens of rows: which rows are too long, and whether what should be learnt is in the loss.
+
+TRL 1.16 has policies of its own for rows that are too long, without a word. SFT cuts the end, and leaves a row out when
+nothing is left to learn. DPO and KTO cut the end, and leave a row out when its prompt fills ``max_length``. ORPO and
+CPO cut the answer. Reward leaves the row out. GRPO and RLOO have no limit for prompts.
+"""
 
 import logging
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import islice
+from heapq import nlargest
+from itertools import islice, takewhile
 from math import ceil, isfinite
 from typing import TYPE_CHECKING, Any
 
-from runner.encoding import Counts, encode
+from runner.encoding import Counts, encode, spell_rows
 from runner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,6 +28,7 @@ logger = logging.getLogger(__name__)
 PACKED_ROWS = 1_000  # as datasets.map batches them
 SHOWN_ROWS = 5
 FIRST_ROWS = 2
+LONGEST_ROWS = 16  # may be a batch
 
 
 def fit_splits(
@@ -53,10 +60,6 @@ def fit_lengths(
 ) -> tuple["Dataset", "Dataset", dict[str, Any]]:
     """Apply the policy for rows over ``max_length``, and audit the tokens.
 
-    TRL 1.16 has policies of its own, without a word. SFT cuts the end, and leaves a row out when nothing is left
-    to learn. DPO and KTO cut the end, and leave a row out when its prompt fills ``max_length``. ORPO and CPO cut the
-    answer. Reward leaves the row out. GRPO and RLOO have no limit for prompts.
-
     Args:
         dataset: rows of ``data.load_splits``.
         tokenizer: with the chat template and special tokens of the training.
@@ -72,12 +75,12 @@ def fit_lengths(
         ``dropped`` count rows; ``truncated``, ``stop_token_in_loss``, ``bos``, ``double_bos`` and ``prompt_differs``
         are shares of the sequences that are left, ``no_supervised_token`` of all rows; quantiles are of all
         sequences, whole; ``tokens`` are trained on in an epoch, in ``sequences``, the longest of ``longest``, which
-        fill ``packed`` ones; the longest pair has ``longest_pair``, its prompt counted once; ``examples`` are the
-        first rows of each finding, numbered from 1, and the first and the longest that are kept.
+        fill ``packed`` ones; the longest pair has ``longest_pair``, its prompt counted once; the longest rows begin
+        with ``common`` tokens that they all have; ``examples`` are the first rows of each finding, numbered from 1, and
+        the first and the longest that are kept.
 
     Raises:
-        ConfigError: rows are too long (``fail``), none is left, the trainer cannot truncate, or the chat template
-            refuses a row.
+        ConfigError: rows are too long, none is left, the trainer cannot truncate, or the chat template refuses a row.
     """
     key = _refuse_policy(too_long, max_length, reads, trainer)
     tools = reads != "prompt" or trainer == "ppo"
@@ -85,6 +88,9 @@ def fit_lengths(
     counted = [[Counts(**one) for one in row["counts"]] for row in ids.select_columns("counts").to_list()]
     limit = float("inf") if max_length is None else max_length
     kept, over, unlearnt = _apply(counted, limit, reads, too_long, name, key)
+    numbers = nlargest(LONGEST_ROWS, kept, key=lambda n: max(counts.total for counts in counted[n]))
+    spelt = spell_rows(dataset.select(numbers).to_list(), tokenizer, reads=reads, tools=tools)
+    longest = [one.ids for row in spelt for one in row]
     audit = {
         "rows": len(counted),
         "over_length": over,
@@ -95,6 +101,7 @@ def fit_lengths(
         "completion_tokens": _quantiles(counts.total - counts.prompt for row in counted for counts in row),
         "total_tokens": _quantiles(counts.total for row in counted for counts in row),
         "pad_is_eos": tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id,
+        "common": sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*longest, strict=False))),
         "examples": _examples(counted, set(kept), limit, reads),
     }
     _warn(name, audit, f"{key}={max_length}")

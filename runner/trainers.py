@@ -20,7 +20,6 @@ from runner import (
     hardware,
     lm_head,
     models,
-    prefix_sharing,
     prepared,
     reference,
     rewards,
@@ -29,6 +28,7 @@ from runner import (
 from runner.batching import refuse_leaks
 from runner.config import accumulation, build, given, trainer_name
 from runner.errors import ConfigError, RunPreempted, RunStopped
+from runner.prefix_sharing import share_prefixes
 
 TENSORBOARD_DIR = os.environ.get("TENSORBOARD_LOGGING_DIR")  # where the person wants all runs
 
@@ -189,8 +189,8 @@ def build_trainer(
     cls = prepared.prepared(trainer_class(config["trainer"]["_target_"]))
     parts = _parts(cls, config, adapter, arguments, tokenizer, scoring)
     lm_head.compact_lm_head()
-    loaded, name = [model, parts.get("ref_model")], trainer_name(config["trainer"]["_target_"])
-    sharing = prefix_sharing.share_prefixes(loaded, arguments, adapter, trainer=name)
+    loaded = [model, parts.get("ref_model")] if config.get("share_prefixes", True) else []
+    sharing = share_prefixes(loaded, arguments, adapter, trainer=trainer_name(config["trainer"]["_target_"]))
     written = [callbacks.MetricsWriter(run_dir), callbacks.RolloutSamples(run_dir)]
     try:
         trainer = cls(
@@ -359,8 +359,8 @@ def save(trainer: Any, folder: Path) -> None:
 def speed(trainer: Any, metrics: dict[str, float]) -> dict[str, Any]:
     """Return the seconds of an optimizer step and the tokens in a second; None where they were not counted.
 
-    Evaluations during the training are in it, as they are in ``train_runtime``. Of pairs it says how their beginnings
-    were shared.
+    Evaluations during the training are in it, as they are in ``train_runtime``. It also says how often rows shared
+    their beginnings.
     """
     seconds, steps = metrics.get("train_runtime"), metrics.get("train_steps_per_second")
     sharing = trainer.prefix_sharing

@@ -72,7 +72,7 @@ IMPORTS = {
     "encoding": {"rendering", "rows"},
     "rendering": {"errors", "rows"},
     "lm_head": {"prefix_sharing", "trainer_source"},
-    "prefix_sharing": {"trainer_source"},
+    "prefix_sharing": {"estimate", "trainer_source"},
     "prepared": {"batching", "data", "encoding", "reference", "trainer_source"},
     "reference": {"encoding", "journal", "launch", "manifest"},
     "embedded": {"disk", "errors"},

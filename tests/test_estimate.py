@@ -8,7 +8,6 @@ import pytest
 from runner import compose
 from runner.estimate import (
     CONTEXT,
-    PAYS,
     PROCESS,
     Model,
     Shares,
@@ -16,9 +15,9 @@ from runner.estimate import (
     checkpoint_bytes,
     estimate_memory,
     nearest_fit,
+    read_together,
     work_of,
 )
-from runner.prefix_sharing import SAVES
 from runner.tokens import pack
 
 # 1,000 numbers, all trained, in float32: 4,000 bytes, as many of gradients, 8,000 of Adam
@@ -49,36 +48,56 @@ def test_what_is_lost_to_weights_made_whole_is_held_beside_activations():
     assert peak == PROCESS + 4000 + 8000 + 4000 + 12_800 + 800 + 500
 
 
-def test_sharing_is_foreseen_where_it_pays():
-    assert PAYS == SAVES
-
-
-def test_a_pair_whose_prompt_is_read_once_holds_less():
-    # 4 x 10 tokens of 100 bytes, of which 0.6 are read by a model that shares what a pair has in common
-    work = replace(WORK, shared=0.6)
-    assert estimate_memory(replace(MODEL, shares_prefixes=True), work)["activations"] == 2400
-    assert estimate_memory(MODEL, work)["activations"] == 4000
+def test_rows_that_begin_alike_hold_less():
+    # 4 rows of 10 tokens of 100 bytes, read as one sequence: all begin with 4, and each adds 6
+    model, work = replace(MODEL, per_token=600), replace(WORK, alike=(4, 4))
+    assert estimate_memory(model, work)["activations"] == (4 + 4 * 6) * 100
+    # those of a pair begin with 7: a pair adds 6 + 3
+    assert estimate_memory(model, replace(work, alike=(4, 7)))["activations"] == (4 + 2 * (6 + 3)) * 100
+    assert estimate_memory(MODEL, work)["activations"] == 4000  # the model reads rows as they come
+    assert estimate_memory(model, replace(work, alike=(0, 0)))["activations"] == 4000
 
 
 @pytest.mark.parametrize(
-    ("pair", "truncated", "mode", "shared"),
+    ("common", "per_token", "padded", "together"),
     [
-        (12, 0, "keep_start", 0.6),  # of two rows of 10
-        (19, 0, "keep_start", 1.0),  # does not pay
-        (12, 0.1, "keep_end", 1.0),  # rows that are cut by their beginnings have none in common
-        (12, 0, "keep_end", 0.6),
+        ((0, 4, 4, 4), 600, False, (4, 28)),  # 28 tokens instead of 40
+        ((0, 1, 1, 1), 600, False, (1, 10)),  # 37 of 40 do not pay
+        ((0, 6, 0, 6), 20, True, (2, 14)),  # 2 x 14 x 34, and 28 x 48 as one: attention counts
+        ((0, 5, 0, 5), 0, True, (1, 10)),  # 2 x 15 x 15 is more than 4 x 10 x 10
+        ((0, 6, 0, 6), 0, True, (1, 10)),  # and 2 x 14 x 14 = 392 is more than 0.9 times as much
+        ((0, 8, 0, 8), 0, True, (2, 12)),  # 288 of 400
+        ((0, 8, 0, 8), 0, False, (1, 10)),  # of 200, where nothing is padded
     ],
 )
-def test_what_a_pair_shares_is_counted_where_it_is_done(pair, truncated, mode, shared):
+def test_rows_are_read_together_where_that_costs_less(common, per_token, padded, together):
+    assert read_together([10] * 4, common, size=10, per_token=per_token, padded=padded) == together
+
+
+def test_padding_alone_can_be_worth_it():
+    # rows of 10, 1, 1 and 1 tokens, padded to 40: 13 in one sequence
+    assert read_together([10, 1, 1, 1], [0] * 4, size=10, per_token=600, padded=True) == (4, 13)
+
+
+@pytest.mark.parametrize(
+    ("truncated", "mode", "packing", "alike"),
+    [
+        (0, "keep_start", False, (3, 8)),  # two rows of 10, 12 in all
+        (0.1, "keep_end", False, (0, 0)),  # rows that are cut by their beginnings have none in common
+        (0, "keep_end", False, (3, 8)),
+        (0, "keep_start", True, (0, 0)),
+    ],
+)
+def test_what_rows_begin_with_is_counted_where_it_is_there(truncated, mode, packing, alike):
     arguments = SimpleNamespace(
         per_device_train_batch_size=2, gradient_accumulation_steps=1, optim="adamw_torch", use_cpu=True,
-        gradient_checkpointing=False, truncation_mode=mode,
+        gradient_checkpointing=False, truncation_mode=mode, packing=packing, max_length=10,
     )  # fmt: skip
-    audit = {"longest": 10, "longest_pair": pair, "truncated": truncated}
+    audit = {"longest": 10, "longest_pair": 12, "common": 3, "truncated": truncated}
     audit |= {"prompt_tokens": {"p99": 4}, "completion_tokens": {"p90": 6}}
     samples = {"rows": 0, "batch_size": 1, "max_new_tokens": 1}
     work = work_of("dpo", arguments, audit=audit, samples=samples, held_out=0, copies=0)
-    assert (work.sequences, work.length, work.shared) == (4, 10, shared)
+    assert work.alike == alike
 
 
 @pytest.mark.parametrize(("trainer", "scored"), [("dpo", 4 * 3), ("cpo", 4 * 3), ("orpo", 2 * 3 + 2 * 10)])

@@ -188,7 +188,11 @@ def pair_trainer(name, folder, *, compact, adapter=None):
     trainer = getattr(module, f"{kind}Trainer")(
         model=model,
         args=getattr(module, f"{kind}Config")(
-            output_dir=str(folder), **COMMON, **PAIRS[name], eval_strategy="steps", eval_steps=1, max_length=64
+            output_dir=str(folder),
+            **COMMON | PAIRS[name] | {"learning_rate": 1e-4},
+            eval_strategy="steps",
+            eval_steps=1,
+            max_length=64,
         ),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows[1:]),

@@ -1,3 +1,4 @@
+from random import Random
 from types import SimpleNamespace
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, XLoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from runner.prefix_sharing import TYPES, plan_pairs, see_own, share_prefixes
+from runner.prefix_sharing import TRAINERS, TYPES, plan_rows, see_own, share_prefixes
 
 SHAPE = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -51,8 +52,9 @@ def test_outputs_and_gradients_are_those_of_whole_rows(kind, attention):
     before = outputs(model)
     sharing = share_prefixes([model], SimpleNamespace(), None, trainer="dpo")
     torch.testing.assert_close(outputs(model), before, atol=1e-5, rtol=1e-5)
-    # the longest pair has 12 + 11 - 8 = 15 tokens, the others 10 + 12 - 5 = 17 and 9
-    assert (sharing.passes, sharing.shared, sharing.padded, sharing.read) == (1, 1, 6 * 12, 3 * 17)
+    # the pairs have 12 + 11 - 8 = 15, 10 + 12 - 5 = 17 and 9 tokens; attention that writes its scores is dear
+    read = 15 + 17 + 9 if attention == "sdpa" else 3 * 17
+    assert (sharing.passes, sharing.shared, sharing.padded, sharing.read) == (1, 1, 6 * 12, read)
 
 
 @pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModelForSequenceClassification])
@@ -64,31 +66,53 @@ def test_padding_may_be_on_the_left_and_a_classifier_reads_its_last_token(auto):
     assert sharing.shared == 1
 
 
-def test_a_pair_becomes_one_row_and_goes_back():
-    # A pair of 2 tokens in common: chosen 5 6 7, rejected 5 6 8 9; 0 is padding.
-    ids = torch.tensor([[5, 6, 7, 0], [5, 6, 8, 9]])
-    plan = plan_pairs(ids, ids > 0)
-    assert ids.flatten()[plan.source].tolist() == [[5, 6, 7, 8, 9]]
-    assert plan.position.tolist() == [[0, 1, 2, 2, 3]]
-    assert plan.segment.tolist() == [[0, 0, 1, 2, 2]]
-    assert plan.back[:, :3].tolist() == [[0, 1, 2], [0, 1, 3]]
-    assert plan.back[1, 3] == 4
-    assert see_own(plan.segment)[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 0, 1, 0],
-        [1, 1, 0, 1, 1],
+def test_rows_become_one_and_go_back():
+    # By the alphabet: 5 6 7, then 5 6 8 9, which adds its last two, then 5 7, which adds its last; 0 is padding.
+    ids = torch.tensor([[5, 7, 0, 0], [5, 6, 8, 9], [0, 5, 6, 7]])
+    plan = plan_rows(ids, ids > 0, per_token=100)
+    assert ids.flatten()[plan.source].tolist() == [[5, 6, 7, 8, 9, 7]]
+    assert plan.position.tolist() == [[0, 1, 2, 2, 3, 1]]
+    assert plan.row.tolist() == [[0, 0, 0, 1, 1, 2]]
+    assert plan.until.tolist() == [[2, 1, 0, 1, 1, 2]]
+    assert plan.back.tolist() == [[0, 5, 5, 5], [0, 1, 3, 4], [0, 0, 1, 2]]  # padding gets what is beside it
+    assert see_own(plan)[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 1, 0, 0],
+        [1, 1, 0, 1, 1, 0],
+        [1, 0, 0, 0, 0, 1],
     ]
+
+
+@pytest.mark.parametrize("per_token", [1, 10, 1000])
+@pytest.mark.parametrize("seed", range(20))
+def test_every_token_sees_its_own_row_up_to_itself_and_nothing_else(monkeypatch, per_token, seed):
+    monkeypatch.setattr("runner.estimate.SAVES", 9)  # as if it always paid
+    chance = Random(seed)
+    size, many = chance.randint(2, 9), chance.randint(2, 9)
+    rows = [chance.choices((1, 2), k=chance.randint(1, size)) for _ in range(many)]
+    padded = [[[0] * (size - len(row)), []][:: chance.choice((1, -1))] for row in rows]
+    ids = torch.tensor([before + row + after for row, (before, after) in zip(rows, padded, strict=True)])
+    plan = plan_rows(ids, ids > 0, per_token=per_token)
+    sees, tokens = see_own(plan)[:, 0].flatten(0, 1), ids.flatten()[plan.source]
+    for row, (before, _), back in zip(rows, padded, plan.back.tolist(), strict=True):
+        for place in range(len(row)):
+            at = back[len(before) + place]
+            of = at // plan.source.shape[1]
+            seen = zip(plan.position[of][sees[at]].tolist(), tokens[of][sees[at]].tolist(), strict=True)
+            assert sorted(seen) == list(enumerate(row[: place + 1]))
+    assert sees.any(1).all()  # a row of nothing has no softmax
 
 
 def test_rows_with_a_gap_or_without_a_token_are_not_moved():
     ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
-    assert plan_pairs(ids, torch.tensor([[1, 0, 1], [1, 1, 1]]).bool()) is None
-    assert plan_pairs(ids, torch.tensor([[1, 1, 1], [0, 0, 0]]).bool()) is None
+    assert plan_rows(ids, torch.tensor([[1, 1, 1], [1, 1, 1]]).bool(), per_token=100) is not None
+    assert plan_rows(ids, torch.tensor([[1, 0, 1], [1, 1, 1]]).bool(), per_token=100) is None
+    assert plan_rows(ids, torch.tensor([[1, 1, 1], [0, 0, 0]]).bool(), per_token=100) is None
 
 
-def test_pairs_that_share_too_little_are_read_as_they_come():
+def test_rows_that_share_too_little_are_read_as_they_come():
     model = model_of("llama")
     sharing = share_prefixes([model], SimpleNamespace(), None, trainer="dpo")
     ids = torch.arange(7, 31).view(2, 12)
@@ -145,8 +169,8 @@ def test_a_model_that_cannot_says_why_and_is_left_as_it_was(caplog, model, adapt
     assert ("forward" in vars(model.base_model)) == (not why)
 
 
-@pytest.mark.parametrize("trainer", ["sft", "kto", "grpo"])
-def test_other_trainers_read_rows_as_they_come(trainer):
+def test_ppo_reads_rows_as_they_come():
     model = model_of("llama")
-    share_prefixes([model], SimpleNamespace(), None, trainer=trainer)
+    share_prefixes([model], SimpleNamespace(), None, trainer="ppo")
     assert "forward" not in vars(model.base_model)
+    assert "ppo" not in TRAINERS

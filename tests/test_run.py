@@ -141,22 +141,34 @@ def test_what_the_last_step_evaluated_is_not_evaluated_again(llama_dir, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("peft", ["none", "lora"])
 @pytest.mark.parametrize("trainer", sorted(TRAINERS))
-def test_pairs_whose_prompt_is_read_once_teach_the_same(tmp_path, llama_dir, monkeypatch, trainer, peft):
+def test_rows_whose_beginnings_are_read_once_teach_the_same(tmp_path, llama_dir, monkeypatch, trainer, peft):
     rows = [{"prompt": "what " * (n % 5 + 1), "chosen": "is it" * (n % 3 + 1), "rejected": "no"} for n in range(16)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     given = [f"trainer={trainer}", f"model.name_or_path={llama_dir}", f"peft={peft}", "trainer.learning_rate=1e-2"]
     given += ["dataset=local", f"dataset.path={tmp_path / 'rows.jsonl'}", "dataset.eval=train[:4]", "samples.rows=0"]
+    online = ["reward=unique_chars", "trainer.num_generations=2", "trainer.max_completion_length=8"]
+    given += online if trainer in ("grpo", "rloo") else []
     run_dir, _ = start(tmp_path, *given, data=[])
-    monkeypatch.setattr("runner.prefix_sharing.SAVES", 0)  # as if it never paid
+    monkeypatch.setattr("runner.estimate.SAVES", 0)  # as if it never paid
     whole, _ = start(tmp_path, *given, data=[], name="whole")
     found, plain = (manifest.read(one)["speed"]["prefix_sharing"] for one in (run_dir, whole))
     assert found["shared"] == found["passes"] == plain["passes"] > 0 == plain["shared"]
     assert found["read"] < 0.9 * plain["read"]
     for one, other in zip(lines(run_dir), lines(whole), strict=True):
-        numbers = [
-            key for key in other if isinstance(other[key], float) and "runtime" not in key and "second" not in key
-        ]
+        clocks = ("runtime", "second", "step_time")
+        numbers = [k for k in other if isinstance(other[k], float) and not any(clock in k for clock in clocks)]
         assert [one[key] for key in numbers] == pytest.approx([other[key] for key in numbers], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_rows_are_read_alone_where_that_is_asked(llama_dir, tmp_path):
+    told = {}
+    for shares in ("true", "false"):
+        given = [f"model.name_or_path={llama_dir}", f"share_prefixes={shares}", "trainer.max_steps=1"]
+        told[shares] = manifest.read(start(tmp_path, *given, name=shares)[0])
+    assert told["true"]["speed"]["prefix_sharing"]["shared"] > 0
+    assert "prefix_sharing" not in told["false"]["speed"]
+    assert told["true"]["memory"]["activations"] < told["false"]["memory"]["activations"]
 
 
 @pytest.mark.slow

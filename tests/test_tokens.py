@@ -169,6 +169,14 @@ def test_the_longest_pair_counts_its_prompt_once():
     assert audit["longest_pair"] == 11
 
 
+def test_what_the_longest_rows_begin_with_is_counted():
+    # <|bos|>, the role and 2 letters; of one row all: 4 tokens about 3 letters, and an answer of 2
+    _, audit = fit([chat("zzq", "q"), chat("zzz", "qq"), chat("zzqq", "q")])
+    assert audit["common"] == 2 + 2
+    _, audit = fit([chat("zzq", "q")])
+    assert audit["common"] == 4 + 3 + 2
+
+
 def test_an_answer_without_a_stop_token_is_found(caplog):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE.replace("+ eos_token", "")
