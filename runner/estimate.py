@@ -168,7 +168,7 @@ class Work:
         sequences: in a forward pass that has a backward pass.
         length: tokens of the longest, to which all are padded.
         scored: tokens of these sequences that meet the output layer.
-        alike: tokens that a sequence and the one before begin with: the first of a pair, the second; or the same twice.
+        alike: tokens that sequences and the one before begin with, again and again: of the two of a pair, of a group.
         optimizer: as in ``trainer.optim``.
         checkpointing: whether activations are recomputed.
         accumulates: whether gradients are held through several passes.
@@ -184,7 +184,7 @@ class Work:
     sequences: int
     length: float
     scored: float
-    alike: tuple[int, int] = (0, 0)
+    alike: tuple[int, ...] = (0,)
     optimizer: str = "adamw_torch_fused"
     checkpointing: bool = False
     accumulates: bool = False
@@ -210,14 +210,13 @@ def work_of(
         copies: bytes of further models.
     """
     batch, accumulated = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
-    prompt = audit["prompt_tokens"]
     answers = min(samples["batch_size"], samples["rows"], held_out) if trainer != "reward" else 0
-    sampled, sampled_length = answers, prompt["p99"] + samples["max_new_tokens"]
+    sampled, sampled_length = answers, audit["prompt_tokens"]["p99"] + samples["max_new_tokens"]
     sides = 2 if trainer in ("dpo", "reward", "orpo", "cpo") else 1
     sequences, length = sides * batch, audit["longest"]
     scored = min(sequences * audit["completion_tokens"]["p90"], sequences * length)
     scored += (sequences * length - scored) / 2 if trainer == "orpo" else 0  # it learns the chosen one's prompt, too
-    graphs, packed, alike = 1, getattr(arguments, "packing", False), audit.get("common", 0)
+    graphs, packed, alike = 1, getattr(arguments, "packing", False), [audit.get("common", 0)]
     apart = packed or (audit.get("truncated") and getattr(arguments, "truncation_mode", "") == "keep_end")
     if answers_prompts(arguments):
         answer = arguments.max_completion_length or 0
@@ -228,27 +227,27 @@ def work_of(
             graphs = 2 if whole and arguments.use_cpu else 1
         else:
             many = batch * arguments.steps_per_generation
+            groups = max(1, min(batch, many // arguments.num_generations))  # in one of the batches that are shuffled
+            alike += [audit["longest"]] * (batch // groups - 1)
         sampled, sampled_length = max(sampled, many), max(sampled_length, length)
+    elif sides == 2:
+        alike += [2 * length - audit.get("longest_pair", 2 * length)]
     elif packed:
         length = arguments.max_length
         scored = batch * length
     return Work(
         trainer=trainer, sequences=sequences, length=length, scored=scored, copies=copies, graphs=graphs,
-        alike=(0, 0) if apart else (alike, max(alike, 2 * audit["longest"] - audit.get("longest_pair", math.inf))),
         optimizer=str(getattr(arguments.optim, "value", arguments.optim)), accumulates=accumulated > 1,
         checkpointing=bool(arguments.gradient_checkpointing), sampled=sampled, sampled_length=sampled_length,
-        cuda=not arguments.use_cpu,
+        cuda=not arguments.use_cpu, alike=(0,) if apart else tuple(alike),
     )  # fmt: skip
 
 
 def _tokens_read(model: Model, work: Work) -> float:
-    """Return the tokens of the largest pass, of rows as long as the longest."""
-    rows, size = work.sequences, round(work.length)
-    if not model.per_token or rows == 1:
-        return rows * work.length
-    alike = (work.alike * rows)[:rows]
-    together, width = read_together([size] * rows, alike, size=size, per_token=model.per_token, padded=False)
-    return math.ceil(rows / together) * width
+    """Return the tokens of the largest pass of a model that shares beginnings, of rows as long as the longest."""
+    size, alike = round(work.length), (work.alike * work.sequences)[: work.sequences]
+    together, width = read_together([size] * len(alike), alike, size=size, per_token=model.per_token, padded=False)
+    return math.ceil(len(alike) / together) * width
 
 
 def read_together(
@@ -307,7 +306,7 @@ def estimate_memory(model: Model, work: Work) -> dict[str, int]:
     kept, own = model.kept_checkpointed if work.checkpointing else model.kept, work.shares
     gathered = (2 * model.unit if own.resharded else model.weights) if own.gathers else 0  # the next beside the present
     gradients = 4 * model.trainable * own.gradients
-    tokens = _tokens_read(model, work)
+    tokens = _tokens_read(model, work) if model.per_token else work.sequences * work.length
     parts = {
         "process": CONTEXT if work.cuda else PROCESS,
         "weights": model.weights * own.weights + gathered,

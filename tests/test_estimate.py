@@ -83,9 +83,9 @@ def test_padding_alone_can_be_worth_it():
     ("truncated", "mode", "packing", "alike"),
     [
         (0, "keep_start", False, (3, 8)),  # two rows of 10, 12 in all
-        (0.1, "keep_end", False, (0, 0)),  # rows that are cut by their beginnings have none in common
+        (0.1, "keep_end", False, (0,)),  # rows that are cut by their beginnings have none in common
         (0, "keep_end", False, (3, 8)),
-        (0, "keep_start", True, (0, 0)),
+        (0, "keep_start", True, (0,)),
     ],
 )
 def test_what_rows_begin_with_is_counted_where_it_is_there(truncated, mode, packing, alike):
@@ -98,6 +98,18 @@ def test_what_rows_begin_with_is_counted_where_it_is_there(truncated, mode, pack
     samples = {"rows": 0, "batch_size": 1, "max_new_tokens": 1}
     work = work_of("dpo", arguments, audit=audit, samples=samples, held_out=0, copies=0)
     assert work.alike == alike
+
+
+@pytest.mark.parametrize(("batch", "steps", "alike"), [(8, 1, (3, 7, 7, 7)), (8, 2, (3, 7)), (2, 8, (3,))])
+def test_the_answers_of_a_group_begin_alike_where_they_share_a_batch(batch, steps, alike):
+    # groups of 4: two in a batch, four in two batches that are shuffled, four in eight batches of two answers
+    arguments = SimpleNamespace(
+        per_device_train_batch_size=batch, gradient_accumulation_steps=steps, steps_per_generation=steps, use_cpu=True,
+        num_generations=4, max_completion_length=5, gradient_checkpointing=False, optim="adamw_torch",
+    )  # fmt: skip
+    audit = {"longest": 7, "common": 3, "prompt_tokens": {"p99": 7}, "completion_tokens": {"p90": 0}}
+    samples = {"batch_size": 1, "rows": 0, "max_new_tokens": 1}
+    assert work_of("grpo", arguments, audit=audit, samples=samples, held_out=0, copies=0).alike == alike
 
 
 @pytest.mark.parametrize(("trainer", "scored"), [("dpo", 4 * 3), ("cpo", 4 * 3), ("orpo", 2 * 3 + 2 * 10)])
