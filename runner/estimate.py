@@ -227,8 +227,8 @@ def work_of(
             graphs = 2 if whole and arguments.use_cpu else 1
         else:
             many = batch * arguments.steps_per_generation
-            groups = max(1, min(batch, many // arguments.num_generations))  # in one of the batches that are shuffled
-            alike += [audit["longest"]] * (batch // groups - 1)
+            groups, rest = divmod(many, arguments.num_generations)  # parts of groups are of other processes
+            alike += [audit["longest"]] * (batch // min(batch, groups + 2 * (rest > 0)) - 1)  # batches are shuffled
         sampled, sampled_length = max(sampled, many), max(sampled_length, length)
     elif sides == 2:
         alike += [2 * length - audit.get("longest_pair", 2 * length)]
@@ -243,16 +243,16 @@ def work_of(
     )  # fmt: skip
 
 
-def _tokens_read(model: Model, work: Work) -> float:
-    """Return the tokens of the largest pass of a model that shares beginnings, of rows as long as the longest."""
-    size, alike = round(work.length), (work.alike * work.sequences)[: work.sequences]
-    together, width = read_together([size] * len(alike), alike, size=size, per_token=model.per_token, padded=False)
-    return math.ceil(len(alike) / together) * width
+def shape_read(rows: int, size: int, alike: Sequence[int], per_token: int) -> tuple[int, int]:
+    """Return the sequences that are read, and their length, where rows of one size begin alike; see ``Work``."""
+    if not per_token:
+        return rows, size
+    alike = (list(alike) * rows)[:rows]
+    together, width = read_together([size] * rows, alike, size=size, per_token=per_token, padded=False)
+    return math.ceil(rows / together), width
 
 
-def read_together(
-    length: Sequence[int], common: Sequence[int], *, size: int, per_token: int, padded: bool
-) -> tuple[int, int]:
+def read_together(length: list[int], common: list[int], *, size: int, per_token: int, padded: bool) -> tuple[int, int]:
     """Return how many rows of a batch are best read as one sequence, and the tokens of the longest; 1 where none are.
 
     Args:
@@ -263,14 +263,12 @@ def read_together(
         padded: whether any row is; where none is, a token's attention skips what comes after it.
     """
     rows = len(length)
-    best, cost = (1, size), SAVES * rows * size * (per_token + size / (1 if padded else 2))
+    best = (SAVES * rows * size * (per_token + size / (1 if padded else 2)), 1, size)
     for together in range(2, rows + 1):
         starts = range(0, rows, together)
         width = max(sum(length[i : i + together]) - sum(common[i + 1 : i + together]) for i in starts)
-        found = len(starts) * width * (per_token + width)
-        if found <= cost:
-            best, cost = (together, width), found
-    return best
+        best = min(best, (len(starts) * width * (per_token + width), together, width))
+    return best[1:]
 
 
 def shares(node: dict[str, Any], processes: int, *, accumulates: bool) -> Shares:
@@ -306,7 +304,7 @@ def estimate_memory(model: Model, work: Work) -> dict[str, int]:
     kept, own = model.kept_checkpointed if work.checkpointing else model.kept, work.shares
     gathered = (2 * model.unit if own.resharded else model.weights) if own.gathers else 0  # the next beside the present
     gradients = 4 * model.trainable * own.gradients
-    tokens = _tokens_read(model, work) if model.per_token else work.sequences * work.length
+    tokens = math.prod(shape_read(work.sequences, round(work.length), work.alike, model.per_token))
     parts = {
         "process": CONTEXT if work.cuda else PROCESS,
         "weights": model.weights * own.weights + gathered,
@@ -351,7 +349,7 @@ def _savings(model: Model, work: Work, times: int | None) -> Iterator[tuple[dict
         typed["trainer.gradient_checkpointing"], work = "true", replace(work, checkpointing=True)
         yield typed, model, work
     sides = 2 if work.trainer in ("dpo", "reward", "orpo", "cpo") else 1
-    rows = work.sequences // sides
+    rows, work = work.sequences // sides, replace(work, alike=work.alike[:sides])  # answers of a group will be shuffled
     while (each := work.sequences // 2 // sides) > 0:
         work = replace(work, sequences=work.sequences // 2, scored=work.scored / 2, accumulates=True)
         typed["trainer.per_device_train_batch_size"] = str(each)

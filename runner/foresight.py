@@ -61,13 +61,12 @@ def count_models(
     device = hardware.device_type(use_cpu=arguments.use_cpu)
     frozen = bool(config["peft"]) or bool(config["quantization"])
     dtype = hardware.weights_dtype(config["model"].get("dtype", "auto"), frozen=frozen, device=device)
-    kind: dict[str, Any] = {"adapter": adapter, "classifier": trainer == "reward", "dtype": dtype}
     work = estimate.work_of(trainer, arguments, audit=audit, samples=config["samples"], held_out=0, copies=0)
+    alike = work.alike if trainer in prefix_sharing.TRAINERS and config.get("share_prefixes", True) else None
+    kind: dict[str, Any] = {"adapter": adapter, "classifier": trainer == "reward", "dtype": dtype, "alike": alike}
     shape = {"arguments": arguments, "sequences": work.sequences, "length": max(2, round(work.length))}
     quantization = config["quantization"] or None
     policy = skeleton.count(config["model"], tokenizer=tokenizer, quantization=quantization, **kind, **shape)
-    shares = trainer in prefix_sharing.TRAINERS and config.get("share_prefixes", True)
-    policy = replace(policy, per_token=policy.per_token if shares else 0)
     judges = reach.reward_models(config["reward"]) if estimate.answers_prompts(arguments) else {}
     judges = {key: node for key, node in judges.items() if f"{key}.name_or_path" not in absent}
     copies = _copies(policy, judges, trainer=trainer, arguments=arguments, adapted=adapter is not None)

@@ -46,8 +46,10 @@ def begin(names: str) -> None:
         for name in (*names.split(), *LATER):
             sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # None: a module that is not there
         sys.meta_path.insert(0, _Watch())
-        find, places = importlib.metadata.packages_distributions, lambda: filter(_installs, map(Path, sys.path))
-        importlib.metadata.packages_distributions = cache(lambda: _kept("packages", places(), find))
+        find = importlib.metadata.packages_distributions
+        # Of folders with packages; another one, such as where runs are started, changes all the time.
+        places = filter(lambda folder: any(folder.glob("*.*-info")), map(Path, sys.path))
+        importlib.metadata.packages_distributions = cache(lambda: _kept("packages", places, find))
 
 
 def settle() -> None:
@@ -119,11 +121,6 @@ class _Watch:
         if execute:
             loader.exec_module = exec_module
         return spec
-
-
-def _installs(folder: Path) -> bool:
-    """Tell whether packages lie in a folder; another one, such as where runs are started, changes all the time."""
-    return any(folder.glob("*.*-info"))
 
 
 def _kept(name: str, files: Iterable[Path], find: Callable[[], Any]) -> Any:

@@ -16,13 +16,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from runner import estimate, trainer_source
+from runner import trainer_source
+from runner.estimate import read_together
 
 logger = logging.getLogger(__name__)
 
 TRAINERS = frozenset({"sft", "dpo", "kto", "reward", "orpo", "cpo", "grpo", "rloo"})
 # Models whose body sees nothing but token ids, their positions and the mask; each is tested.
 TYPES = frozenset({"gpt_neox", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"})
+# Adapters that look at each token alone, whatever is beside it; each is tested. And what of them does not.
+ADAPTERS = frozenset({"LORA", "ADALORA", "MISS", "RANDLORA", "VERA", "LOHA", "LOKR", "OFT", "BOFT", "HRA", "IA3"})
+BY_ROW = ("alora_invocation_tokens", "velora_config", "monteclora_config", "arrow_config")
 OWN_WAYS = ("torch_compile", "use_liger_kernel", "padding_free", "neftune_noise_alpha")  # of a trainer, to run a model
 ASKED = (*OWN_WAYS, "disable_dropout")  # fields of its arguments
 LAYER = {"sdpa": 6, "eager": 1}  # times its width, a token's cost in a layer equals its attention to so many tokens
@@ -103,9 +107,10 @@ def _wrap(body: Any, sharing: Sharing) -> None:
         if plan is None:
             return read(input_ids=input_ids, attention_mask=attention_mask, **rest)
         plan = Plan(*(part.to(input_ids.device) for part in plan))
-        mask = see_own(plan)
-        if body.config._attn_implementation == "eager":  # adds it to the scores
-            mask = torch.zeros_like(mask, dtype=body.dtype).masked_fill(~mask, torch.finfo(body.dtype).min)
+        mask, kind = see_own(plan), input_ids.device.type
+        if kind == "cpu" or body.config._attn_implementation == "eager":  # each layer adds it and keeps it
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else body.dtype
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
         given = {"input_ids": input_ids.flatten()[plan.source], "position_ids": plan.position, "attention_mask": mask}
         output = read(**(rest | given))
         output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[plan.back]
@@ -137,8 +142,7 @@ def why_not(model: Any, arguments: Any, adapter: Any) -> str:
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or getattr(config, "sliding_window", None):
         return "the model's attention has a window"
     fields = adapter.to_dict() if adapter else {}
-    by_row = fields.get("alora_invocation_tokens") or fields.get("peft_type") == "XLORA"
-    if by_row or (adapter and adapter.is_prompt_learning):
+    if adapter and (fields["peft_type"] not in ADAPTERS or any(map(fields.get, BY_ROW))):
         return f"{type(adapter).__name__} looks at rows as they come"
     drops = any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())
     drops = drops or any(value for key, value in fields.items() if key.endswith("dropout"))
@@ -170,9 +174,8 @@ def plan_rows(input_ids: torch.Tensor, real: torch.Tensor, *, per_token: int) ->
     tokens, length = tokens[order], count[order]
     common = torch.zeros_like(length)
     common[1:] = ((tokens[1:] == tokens[:-1]) & (tokens[1:] >= 0)).cumprod(1).sum(1)
-    together, width = estimate.read_together(
-        length.tolist(), common.tolist(), size=size, per_token=per_token, padded=not bool(real.all())
-    )
+    padded = not bool(real.all())
+    together, width = read_together(length.tolist(), common.tolist(), size=size, per_token=per_token, padded=padded)
     if together == 1:
         return None
 

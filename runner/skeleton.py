@@ -14,7 +14,7 @@ from torch import nn
 from runner import adapters, disk, hardware, hub, models, prefix_sharing
 from runner.embedded import cache_dir
 from runner.errors import ConfigError
-from runner.estimate import Model
+from runner.estimate import Model, shape_read
 
 NF4_BITS, INT8_BITS = 4.13, 8.02  # a number with its share of the scales (doubly quantized ones, of blocks of 64)
 # Measured on Linux with a 135M model, in float32. What a forward pass keeps lies between what it frees, in pieces
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 def count(
     node: dict[str, Any], *, tokenizer: Any, adapter: Any = None, classifier: bool = False, dtype: str = "float32",
-    **shape: Any,
+    alike: tuple[int, ...] | None = None, **shape: Any,
 ) -> Model:  # fmt: skip
     """Return what a model of ``build`` is made of, from the disk if it was counted before.
 
@@ -38,7 +38,8 @@ def count(
         adapter: an adapter's config for it, or None.
         classifier: whether it gives a score instead of text.
         dtype: of its weights.
-        shape: the other arguments of ``measure``.
+        alike: tokens that its sequences begin with, as in ``estimate.Work``; None where each is read alone.
+        shape: the other arguments of ``measure``, where each is read alone.
 
     Raises:
         ConfigError: its config cannot be read, or the adapter does not fit.
@@ -47,8 +48,10 @@ def count(
     def make() -> Model:
         model = build(node, tokenizer=tokenizer, adapter=adapter, classifier=classifier, dtype=dtype)
         base = model.get_base_model() if adapter else model
-        shares = not prefix_sharing.why_not(base, shape["arguments"], adapter)
-        return replace(measure(model, **shape), per_token=prefix_sharing.per_token(base.config) if shares else 0)
+        alone = alike is None or prefix_sharing.why_not(base, shape["arguments"], adapter)
+        per_token = 0 if alone else prefix_sharing.per_token(base.config)
+        rows, length = shape_read(shape["sequences"], shape["length"], alike or (), per_token)
+        return replace(measure(model, **shape | {"sequences": rows, "length": length}), per_token=per_token)
 
     if node.get("trust_remote_code"):
         return make()
@@ -57,10 +60,10 @@ def count(
     about = [config.to_json_string(use_diff=False), node.get("attn_implementation"), len(tokenizer), classifier, dtype]
     fields = sorted(adapter.to_dict().items()) if adapter else []
     about += [(name, sorted(value) if isinstance(value, set) else value) for name, value in fields]
-    about += [shape["sequences"], shape["length"], shape["quantization"]]
+    about += [shape["sequences"], shape["length"], shape["quantization"], alike]
     about += [getattr(arguments, key, None) for key in prefix_sharing.ASKED]
     about += [arguments.use_cpu, hardware.device_type(use_cpu=arguments.use_cpu), arguments.bf16, arguments.fp16]
-    about += map(version, ("torch", "transformers", "peft"))
+    about += map(version, ("torch", "transformers", "peft", "trl"))
     about += [Path(source).read_text(encoding="utf-8") for source in (__file__, prefix_sharing.__file__)]
     return Model(**disk.kept(cache_dir() / "counted", about, lambda: asdict(make())))
 

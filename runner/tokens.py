@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 PACKED_ROWS = 1_000  # as datasets.map batches them
 SHOWN_ROWS = 5
 FIRST_ROWS = 2
-LONGEST_ROWS = 16  # may be a batch
+LONGEST_ROWS, SPREAD_ROWS = 16, 50  # whose beginnings are compared: they may be a batch, they stand for all
 
 
 def fit_splits(
@@ -75,9 +75,9 @@ def fit_lengths(
         ``dropped`` count rows; ``truncated``, ``stop_token_in_loss``, ``bos``, ``double_bos`` and ``prompt_differs``
         are shares of the sequences that are left, ``no_supervised_token`` of all rows; quantiles are of all
         sequences, whole; ``tokens`` are trained on in an epoch, in ``sequences``, the longest of ``longest``, which
-        fill ``packed`` ones; the longest pair has ``longest_pair``, its prompt counted once; the longest rows begin
-        with ``common`` tokens that they all have; ``examples`` are the first rows of each finding, numbered from 1, and
-        the first and the longest that are kept.
+        fill ``packed`` ones; the longest pair has ``longest_pair``, its prompt counted once; the longest rows and some
+        of all begin with the same ``common`` tokens; ``examples`` are the first rows of each finding, numbered from
+        1, and the first and the longest that are kept.
 
     Raises:
         ConfigError: rows are too long, none is left, the trainer cannot truncate, or the chat template refuses a row.
@@ -88,9 +88,9 @@ def fit_lengths(
     counted = [[Counts(**one) for one in row["counts"]] for row in ids.select_columns("counts").to_list()]
     limit = float("inf") if max_length is None else max_length
     kept, over, unlearnt = _apply(counted, limit, reads, too_long, name, key)
-    numbers = nlargest(LONGEST_ROWS, kept, key=lambda n: max(counts.total for counts in counted[n]))
-    spelt = spell_rows(dataset.select(numbers).to_list(), tokenizer, reads=reads, tools=tools)
-    longest = [one.ids for row in spelt for one in row]
+    longest = nlargest(LONGEST_ROWS, kept, key=lambda n: max(counts.total for counts in counted[n]))
+    some = dataset.select(sorted({*longest, *kept[:: len(kept) // SPREAD_ROWS + 1]})).to_list()
+    spelt = [one.ids[:max_length] for row in spell_rows(some, tokenizer, reads=reads, tools=tools) for one in row]
     audit = {
         "rows": len(counted),
         "over_length": over,
@@ -101,7 +101,7 @@ def fit_lengths(
         "completion_tokens": _quantiles(counts.total - counts.prompt for row in counted for counts in row),
         "total_tokens": _quantiles(counts.total for row in counted for counts in row),
         "pad_is_eos": tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id,
-        "common": sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*longest, strict=False))),
+        "common": sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*spelt, strict=False))),
         "examples": _examples(counted, set(kept), limit, reads),
     }
     _warn(name, audit, f"{key}={max_length}")

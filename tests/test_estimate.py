@@ -100,9 +100,20 @@ def test_what_rows_begin_with_is_counted_where_it_is_there(truncated, mode, pack
     assert work.alike == alike
 
 
-@pytest.mark.parametrize(("batch", "steps", "alike"), [(8, 1, (3, 7, 7, 7)), (8, 2, (3, 7)), (2, 8, (3,))])
+def test_advice_counts_on_no_group_in_a_smaller_batch():
+    # 13 tokens of 1,000 bytes are read of a group of 4; of 2 shuffled answers 20 may be, which take more than all 4 did
+    model = replace(MODEL, per_token=600, kept_checkpointed=1000)
+    work = replace(WORK, alike=(0, 9, 9, 9), checkpointing=True)
+    advice = nearest_fit(model, work, PROCESS + 4000 + 8000 + 26_000, times=1)
+    assert advice == "trainer.per_device_train_batch_size=1 trainer.gradient_accumulation_steps=4"
+
+
+@pytest.mark.parametrize(
+    ("batch", "steps", "alike"), [(8, 1, (3, 7, 7, 7)), (8, 2, (3, 7)), (2, 8, (3,)), (6, 1, (3, 7))]
+)
 def test_the_answers_of_a_group_begin_alike_where_they_share_a_batch(batch, steps, alike):
-    # groups of 4: two in a batch, four in two batches that are shuffled, four in eight batches of two answers
+    # groups of 4: two in a batch, four in two batches that are shuffled, four in eight batches of two answers; and of
+    # batches of six, of which another process has the rest of the groups, parts of three
     arguments = SimpleNamespace(
         per_device_train_batch_size=batch, gradient_accumulation_steps=steps, steps_per_generation=steps, use_cpu=True,
         num_generations=4, max_completion_length=5, gradient_checkpointing=False, optim="adamw_torch",

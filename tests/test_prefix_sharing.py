@@ -3,10 +3,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, XLoraConfig
+from peft import LilyConfig, LoraConfig, PromptTuningConfig, XLoraConfig, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora.config import VeloraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from runner.prefix_sharing import TRAINERS, TYPES, plan_rows, see_own, share_prefixes
+from runner.prefix_sharing import ADAPTERS, TRAINERS, TYPES, plan_rows, see_own, share_prefixes
 
 SHAPE = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -64,6 +66,25 @@ def test_padding_may_be_on_the_left_and_a_classifier_reads_its_last_token(auto):
     sharing = share_prefixes([model], SimpleNamespace(), None, trainer="dpo")
     torch.testing.assert_close(outputs(model, "left"), before, atol=1e-5, rtol=1e-5)
     assert sharing.shared == 1
+
+
+@pytest.mark.parametrize("kind", sorted(ADAPTERS))
+def test_with_an_adapter_outputs_and_gradients_are_those_of_whole_rows(kind):
+    def adapted(*, shares):
+        model = model_of("llama", num_key_value_heads=4)  # as wide on all sides
+        sharing = share_prefixes([model] if shares else [], SimpleNamespace(), config, trainer="sft")
+        torch.manual_seed(1)
+        model = get_peft_model(model, config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # some adapters begin as nothing
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        return outputs(model), sharing.shared
+
+    more = {"IA3": {"feedforward_modules": []}, "ADALORA": {"total_step": 10}, "MISS": {"r": 4}}.get(kind, {})
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[kind](task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], **more)
+    (before, _), (after, shared) = adapted(shares=False), adapted(shares=True)
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-4)
+    assert shared == 1
 
 
 def test_rows_become_one_and_go_back():
@@ -151,6 +172,8 @@ LLAMA = ("llama", "sdpa")
         (LLAMA, LoraConfig(lora_dropout=0.1), {}, "dropout differs"),
         (LLAMA, LoraConfig(lora_dropout=0.1), {"disable_dropout": True}, ""),
         (LLAMA, LoraConfig(alora_invocation_tokens=[5]), {}, "LoraConfig looks at rows as they come"),
+        (LLAMA, LoraConfig(velora_config=VeloraConfig()), {}, "LoraConfig looks at rows as they come"),
+        (LLAMA, LilyConfig(), {}, "LilyConfig looks at rows as they come"),
         (LLAMA, XLoraConfig(hidden_size=32, adapters={"one": "nowhere"}), {}, "XLoraConfig looks at rows as they come"),
         (LLAMA, PromptTuningConfig(num_virtual_tokens=2), {}, "PromptTuningConfig looks at rows as they come"),
         (LLAMA, None, {"use_liger_kernel": True}, "trainer.use_liger_kernel=True"),

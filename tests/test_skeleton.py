@@ -24,7 +24,7 @@ def test_a_model_is_counted_once_for_all_who_ask_the_same(llama_dir, tmp_path, m
     (kept,) = tmp_path.glob("counted-*")
     monkeypatch.setattr(skeleton, "build", lambda *_, **__: pytest.fail("it was built again"))
     assert counted(2) == first
-    for other in ({"r": 4}, {"r": 2, "length": 8}):
+    for other in ({"r": 4}, {"r": 2, "length": 8}, {"r": 2, "alike": (0,)}):
         with pytest.raises(pytest.fail.Exception):
             counted(**other)
     monkeypatch.undo()

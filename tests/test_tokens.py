@@ -175,6 +175,10 @@ def test_what_the_longest_rows_begin_with_is_counted():
     assert audit["common"] == 2 + 2
     _, audit = fit([chat("zzq", "q")])
     assert audit["common"] == 4 + 3 + 2
+    _, audit = fit([chat("zzq", "q" * 9)] * 2, max_length=10, too_long="truncate")
+    assert audit["common"] == audit["longest"] == 10
+    _, audit = fit([chat("z" * 9, "q")] * 16 + [chat("q", "q")])  # one that is none of the longest
+    assert audit["common"] == 2
 
 
 def test_an_answer_without_a_stop_token_is_found(caplog):
