@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 TRAINERS = frozenset({"sft", "dpo", "kto", "reward", "orpo", "cpo", "grpo", "rloo"})
 # Models whose body sees nothing but token ids, their positions and the mask; each is tested.
 TYPES = frozenset({"gpt_neox", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"})
-# Adapters that look at each token alone, whatever is beside it; each is tested. And what of them does not.
+# Adapters that look at each token alone, whatever is beside it; each is tested. And fields by which they do not.
 ADAPTERS = frozenset({"LORA", "ADALORA", "MISS", "RANDLORA", "VERA", "LOHA", "LOKR", "OFT", "BOFT", "HRA", "IA3"})
 BY_ROW = ("alora_invocation_tokens", "velora_config", "monteclora_config", "arrow_config")
 OWN_WAYS = ("torch_compile", "use_liger_kernel", "padding_free", "neftune_noise_alpha")  # of a trainer, to run a model

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from runner import adapters, disk, hardware, hub, models, prefix_sharing
+from runner import adapters, disk, estimate, hardware, hub, models, prefix_sharing
 from runner.embedded import cache_dir
 from runner.errors import ConfigError
 from runner.estimate import Model, shape_read
@@ -64,7 +64,8 @@ def count(
     about += [getattr(arguments, key, None) for key in prefix_sharing.ASKED]
     about += [arguments.use_cpu, hardware.device_type(use_cpu=arguments.use_cpu), arguments.bf16, arguments.fp16]
     about += map(version, ("torch", "transformers", "peft", "trl"))
-    about += [Path(source).read_text(encoding="utf-8") for source in (__file__, prefix_sharing.__file__)]
+    sources = (__file__, estimate.__file__, prefix_sharing.__file__)
+    about += [Path(source).read_text(encoding="utf-8") for source in sources]
     return Model(**disk.kept(cache_dir() / "counted", about, lambda: asdict(make())))
 
 
