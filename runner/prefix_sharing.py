@@ -94,14 +94,14 @@ def share_prefixes(models: Iterable[Any], arguments: Any, adapter: Any, *, train
 
 def _wrap(body: Any, sharing: Sharing) -> None:
     """Replace the forward pass of a model's body by one that shares; a copy of the body would still run this one."""
-    read, cost = body.forward, per_token(body.config)
+    read, per_token = body.forward, token_cost(body.config)
 
     @functools.wraps(read)
     def forward(input_ids: Any = None, attention_mask: Any = None, **rest: Any) -> Any:
         asked = any(value is not None and value is not False for value in rest.values())  # such as for a cache
         if input_ids is None or attention_mask is None or asked or attention_mask.dim() != 2 or len(input_ids) < 2:
             return read(input_ids=input_ids, attention_mask=attention_mask, **rest)
-        plan = plan_rows(input_ids.cpu(), attention_mask.cpu().bool(), per_token=cost)
+        plan = plan_rows(input_ids.cpu(), attention_mask.cpu().bool(), per_token=per_token)
         sharing.passes, sharing.shared = sharing.passes + 1, sharing.shared + (plan is not None)
         sharing.padded += input_ids.numel()
         sharing.read += plan.source.numel() if plan else input_ids.numel()
@@ -120,8 +120,8 @@ def _wrap(body: Any, sharing: Sharing) -> None:
     body.forward = forward
 
 
-def per_token(config: Any) -> int:
-    """Return what ``estimate.read_together`` asks of a model's config."""
+def token_cost(config: Any) -> int:
+    """Return what a token costs a model beside its attention, as ``estimate.read_together`` has it."""
     return LAYER[config._attn_implementation] * int(config.hidden_size)
 
 

@@ -49,7 +49,7 @@ def count(
         model = build(node, tokenizer=tokenizer, adapter=adapter, classifier=classifier, dtype=dtype)
         base = model.get_base_model() if adapter else model
         alone = alike is None or prefix_sharing.why_not(base, shape["arguments"], adapter)
-        per_token = 0 if alone else prefix_sharing.per_token(base.config)
+        per_token = 0 if alone else prefix_sharing.token_cost(base.config)
         rows, length = shape_read(shape["sequences"], shape["length"], alike or (), per_token)
         return replace(measure(model, **shape | {"sequences": rows, "length": length}), per_token=per_token)
 
