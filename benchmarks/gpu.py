@@ -3,11 +3,11 @@
 A model of the shape of Qwen2.5-0.5B with random weights is trained with LoRA on the same rows, in bf16 where the device
 has it, by both sides in turn, each in a process of its own. A step lasts from its begin to the next one's, the work of
 the device awaited; memory is the most that the device had allocated. Steps count once the guards have looked at the
-first ten. Then ours runs once more under a profiler, for the ten kernels that took longest. First losses that differ by
-a hundredth make a comparison void.
+first ten, up to the last three of ours, which run under a profiler, for the ten kernels that took longest. First losses
+that differ by a hundredth make a comparison void.
 
 On a machine without a GPU it runs, too, and shows nothing:
-`--layers 2 --width 64 --length 32 --vocabulary 1 --steps 4`.
+`--layers 2 --width 64 --length 32 --vocabulary 1 --steps 6`.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from statistics import median
 from typing import Any
 
 WATCHED = 11  # steps until the guards look no more
-JOBS = {"sft": 8, "dpo": 4, "grpo": 16}  # sequences, pairs or answers of a step
+PROFILED = 3  # the last ones
+JOBS = {"sft": 32, "dpo": 16, "grpo": 32}  # sequences, pairs or answers of a step
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
 
 
@@ -43,7 +44,7 @@ def main() -> None:
             found: dict[str, list[dict[str, Any]]] = {"runner": [], "trl": []}
             for turn in range(asked.runs):
                 for side, results in found.items():
-                    results.append(in_process(folder, job, side, f"{side}{turn}", profiled=False))
+                    results.append(in_process(folder, job, side, f"{side}{turn}"))
             step, memory = ({s: median(one[key] for one in found[s]) for s in found} for key in ("step", "memory"))
             ratios = [f"{of['runner']:.{n}f} / {of['trl']:.{n}f} = {of['runner'] / of['trl']:.2f}"
                       for of, n in ((step, 3), (memory, 0))]  # fmt: skip
@@ -51,9 +52,9 @@ def main() -> None:
             first = {side: results[0]["losses"][:3] for side, results in found.items()}
             if not first["trl"] or any(abs(a - b) > 0.01 for a, b in zip(*first.values(), strict=True)):
                 print(f"void: the losses differ: {first}")
-            tops[job] = in_process(folder, job, "runner", "profile", profiled=True)["top"]
+            tops[job] = found["runner"][-1]["top"]
     for job, top in tops.items():
-        print(f"\n{job}, ms of three steps:\n" + "\n".join(f"  {share:8.1f}  {name}" for name, share in top))
+        print(f"\n{job}, ms of {PROFILED} steps:\n" + "\n".join(f"  {share:8.1f}  {name}" for name, share in top))
 
 
 def arguments() -> argparse.Namespace:
@@ -61,7 +62,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--job", choices=list(JOBS), nargs="+", default=list(JOBS))
     parser.add_argument("--runs", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=20, help=f"the first {WATCHED} are not counted")
+    parser.add_argument("--steps", type=int, default=30, help=f"the first {WATCHED} and last {PROFILED} do not count")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--width", type=int, default=896)
     parser.add_argument("--vocabulary", type=int, default=151_936)
@@ -69,17 +70,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", help="a folder; by default the embedded model's")
     for hidden in ("--side", "--folder", "--out"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
-    parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.steps < 4:
-        parser.error("at least four steps: the last three are profiled")
+    if given.steps < PROFILED + 3:
+        parser.error(f"--steps {given.steps} is too few: the last {PROFILED} are profiled. Type {PROFILED + 3} or more")
     return given
 
 
-def in_process(folder: str, job: str, side: str, out: str, *, profiled: bool) -> dict[str, Any]:
+def in_process(folder: str, job: str, side: str, out: str) -> dict[str, Any]:
     """Return what a side measures of itself."""
     words = [*sys.argv[1:], "--side", side, "--job", job, "--folder", folder, "--out", f"{folder}/{job}-{out}"]
-    words += ["--profiled"] if profiled else []
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{job}, {side}:\n{(done.stdout + done.stderr)[-3000:]}")
@@ -144,7 +143,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     import torch
     import transformers
 
-    has_gpu = torch.cuda.is_available()
+    has_gpu, ours = torch.cuda.is_available(), asked.side == "runner"
     kinds = [torch.profiler.ProfilerActivity.CUDA] if has_gpu else []
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, *kinds])
     began: list[float] = []
@@ -154,18 +153,19 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         if has_gpu:
             torch.cuda.synchronize()
         began.append(time.perf_counter())
-        if asked.profiled and len(began) == asked.steps - 3:
+        if ours and len(began) == asked.steps - PROFILED:
             profiler.start()
-        if asked.profiled and len(began) == asked.steps:
+        if ours and len(began) == asked.steps:
             profiler.stop()
         return step(self, *inputs, **more)
 
     transformers.Trainer.training_step = timed
-    losses = train_ours(asked) if asked.side == "runner" else train_trl(asked)
+    losses = train_ours(asked) if ours else train_trl(asked)
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    seconds = [after - before for before, after in itertools.pairwise(began[min(WATCHED, len(began) - 2) :])]
+    counted = began[: asked.steps - PROFILED]
+    seconds = [after - before for before, after in itertools.pairwise(counted[min(WATCHED, len(counted) - 2) :])]
     top = []
-    if asked.profiled:
+    if ours:
         time_of, kind = ("self_device_time_total", "CUDA") if has_gpu else ("self_cpu_time_total", "CPU")
         events = [one for one in profiler.key_averages() if one.device_type.name == kind and not one.is_user_annotation]
         events.sort(key=lambda one: -getattr(one, time_of))

@@ -67,10 +67,23 @@ def keep_float32(model: Any) -> None:
     and the score head of a reward model too, which then cannot read float32 activations.
     """
     import torch
+    from peft.utils import ModulesToSaveWrapper
 
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in {torch.bfloat16, torch.float16}:
             parameter.data = parameter.data.float()
+    for wrapper in (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)):
+        for trained in wrapper.modules_to_save.values():
+            trained.register_forward_pre_hook(_read_as_own)
+
+
+def _read_as_own(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Cast what frozen layers of another dtype give to the module's own, where autocast does not."""
+    import torch
+
+    first, own = inputs[0], next(module.parameters()).dtype
+    casts = first.is_floating_point() and not torch.is_autocast_enabled(first.device.type)
+    return (first.to(own), *inputs[1:]) if casts else inputs
 
 
 def _linear_layers(model: Any) -> list[str]:

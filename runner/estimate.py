@@ -319,7 +319,8 @@ def estimate_memory(model: Model, work: Work) -> dict[str, int]:
     always = parts["process"] + parts["weights"] + parts["optimizer"] + parts["other models"]
     held = gradients if work.accumulates else 4 * model.head * own.gradients
     forward = parts["activations"] + parts["logits"] + parts["unpacked weights"] + held
-    trains = always + max(forward, parts["gradients"], parts["sampling"])
+    tied = 4 * model.head * own.gradients  # of the embedding, before it is added to that of the output layer
+    trains = always + max(forward, parts["gradients"] + tied, parts["sampling"])
     peak = max(trains, parts["process"] + parts["weights"] + model.loading)
     return {name: round(size) for name, size in {**parts, "peak": peak}.items()}
 

@@ -1,5 +1,6 @@
 """What this machine is, and what it does well: the settings that follow from it unless a person types them."""
 
+import contextlib
 import os
 import platform
 from collections.abc import Mapping
@@ -92,6 +93,15 @@ def weights_dtype(dtype: str, *, frozen: bool, device: str) -> str:
 def installed_gpus() -> int:
     """Return how many NVIDIA GPUs the machine has, whatever this process may use; asks no library."""
     return len(list(GPUS.glob("*")))
+
+
+def has_driver() -> bool:
+    """Tell whether the machine has a driver for NVIDIA's or AMD's GPUs, without which none can have been opened."""
+    import ctypes
+
+    with contextlib.suppress(OSError):
+        return Path("/dev/kfd").exists() or bool(ctypes.CDLL("libcuda.so.1"))
+    return False
 
 
 def idle_gpus() -> str | None:

@@ -144,20 +144,10 @@ def load_classifier(
 
 
 def load(
-    kind: Any,
-    name_or_path: str,
-    *,
-    tokenizer: "PreTrainedTokenizerBase",
-    revision: str | None = None,
-    dtype: str = "auto",
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-    quantization: "BitsAndBytesConfig | None" = None,
-    adapter: bool = False,
-    gradient_checkpointing: bool = False,
-    **labels: int,
-) -> tuple[Any, list[str]]:
+    kind: Any, name_or_path: str, *, tokenizer: "PreTrainedTokenizerBase", revision: str | None = None,
+    dtype: str = "auto", attn_implementation: str | None = None, trust_remote_code: bool = False,
+    allow_pickle: bool = False, quantization: "BitsAndBytesConfig | None" = None, adapter: bool = False, **labels: int,
+) -> tuple[Any, list[str]]:  # fmt: skip
     """Return a model of an auto class that fits ``tokenizer``, and the weights that its files lack.
 
     Args:
@@ -171,7 +161,6 @@ def load(
         allow_pickle: Whether weights may be read that are not safetensors.
         quantization: How to quantize the frozen weights; the model comes back prepared for an adapter.
         adapter: Whether only an adapter will train, so that the weights stay frozen.
-        gradient_checkpointing: Whether training will recompute activations; for quantized models.
         labels: ``num_labels`` of a classifier.
 
     Raises:
@@ -200,7 +189,7 @@ def load(
     fit_embedding(model, tokenizer)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if quantization is not None:
-        model = _prepare_quantized(model, gradient_checkpointing=gradient_checkpointing)
+        _prepare_quantized(model)
     logger.info("%s: %s, %s, on %s", name_or_path, type(model).__name__, model.dtype, device)
     return model, sorted(info["missing_keys"])
 
@@ -362,18 +351,14 @@ def merge_adapter(
     return merged
 
 
-def _prepare_quantized(model: Any, *, gradient_checkpointing: bool) -> Any:
-    """Freeze a quantized model and cast its other weights to float32, as peft recommends."""
-    from peft import prepare_model_for_kbit_training
-
+def _prepare_quantized(model: Any) -> None:
+    """Freeze a quantized model, in place; what is not quantized keeps its dtype, as that of any frozen model."""
     for module in model.modules():
         # bitsandbytes 0.50 on CPUs with avx512_bf16 repacks 4-bit weights at the first evaluation, for a kernel
         # without a backward pass: training after it would lose most of its gradient without a word.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    for parameter in model.parameters():  # what is not quantized still lies in the file, all of which stays mapped
-        if parameter.device.type == "cpu" and parameter.is_floating_point():
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+        if parameter.device.type == "cpu" and parameter.is_floating_point():  # the file that it lies in stays mapped
             parameter.data = parameter.data.clone()
-    return prepare_model_for_kbit_training(
-        model, use_gradient_checkpointing=gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
-    )

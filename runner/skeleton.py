@@ -129,10 +129,7 @@ def measure(model: Any, *, sequences: int, length: int, quantization: dict[str, 
     packed = [module.weight for module in _linear(base)] if quantization else []
     quantized = set(map(id, packed))
     bits = NF4_BITS if (quantization or {}).get("load_in_4bit") else INT8_BITS
-    weights = sum(
-        bits / 8 * p.numel() if id(p) in quantized else 4 * p.numel() if quantization else p.numel() * p.dtype.itemsize
-        for p in model.parameters()
-    )
+    weights = sum(p.numel() * (bits / 8 if id(p) in quantized else p.dtype.itemsize) for p in model.parameters())
     heads = config.num_attention_heads
     width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * (
         getattr(config, "num_key_value_heads", None) or heads

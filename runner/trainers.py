@@ -150,7 +150,6 @@ def load_model(name: str, tokenizer: Any, config: dict[str, Any], arguments: Any
         tokenizer=tokenizer,
         quantization=quantization,
         adapter=adapter is not None,
-        gradient_checkpointing=bool(arguments.gradient_checkpointing),
         **given(models.load, config["model"]),
     )
     if adapter:
@@ -159,17 +158,9 @@ def load_model(name: str, tokenizer: Any, config: dict[str, Any], arguments: Any
 
 
 def build_trainer(
-    config: dict[str, Any],
-    *,
-    model: Any,
-    adapter: Any,
-    arguments: Any,
-    tokenizer: Any,
-    train: Any,
-    held_out: Any,
-    scoring: rewards.Rewards,
-    run_dir: Path,
-) -> Any:
+    config: dict[str, Any], *, model: Any, adapter: Any, arguments: Any, tokenizer: Any, train: Any, held_out: Any,
+    scoring: rewards.Rewards, run_dir: Path,
+) -> Any:  # fmt: skip
     """Build the trainer, giving it just those parts that its constructor asks for.
 
     Args:

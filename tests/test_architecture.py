@@ -175,6 +175,8 @@ def test_constraints_pin_everything_that_is_needed_and_agree_with_pyproject():
             key = canonicalize_name(wanted.name)
             if wanted.marker and not wanted.marker.evaluate({"extra": extra}):
                 continue
+            if name == "torch" and key.startswith(("cuda-", "nvidia-", "triton")):  # of the build for GPUs
+                continue
             assert key in pins, f"{key}, needed by {name}, is not pinned"
             assert wanted.specifier.contains(pins[key], prereleases=True), f"{name} wants {wanted}, pinned {pins[key]}"
             assert version(key).split("+")[0] == pins[key], f"{key}: installed and pinned differ"

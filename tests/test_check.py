@@ -298,7 +298,13 @@ def test_a_probe_needs_no_evaluation_in_between_and_takes_the_steps_of_the_plan(
     passes = []
     step = transformers.Trainer.training_step
     monkeypatch.setattr(transformers.Trainer, "training_step", lambda *a, **k: passes.append(0) or step(*a, **k))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    peak = manifest.peak_memory
+
+    def beside_a_gpu():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        return peak()
+
+    monkeypatch.setattr(manifest, "peak_memory", beside_a_gpu)
     rows = write_rows(tmp_path / "rows", [{"prompt": "th", "completion": "z"}] * 16, [PLAIN])
     small = ["check.probe=true", "trainer.per_device_train_batch_size=2", "global_batch_size=8", "trainer.use_cpu=true"]
     done = check([*base, *rows, *small, *words, "trainer.learning_rate=1e-2", "trainer.warmup_steps=0"])

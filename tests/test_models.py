@@ -292,13 +292,21 @@ def quantizations():
 
 
 @pytest.mark.parametrize("name", ["nf4", "int8"])
-def test_a_quantized_model_is_frozen_and_keeps_the_rest_in_float32(model_dir, name):
+@pytest.mark.parametrize(("asked", "kept"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_quantized_model_is_frozen_and_the_rest_of_it_has_the_dtype_of_any_model(model_dir, name, asked, kept):
     tokenizer = load_tokenizer(str(model_dir))
-    model = load_policy(str(model_dir), tokenizer=tokenizer, dtype="bfloat16", quantization=quantizations()[name])
+    model = load_policy(str(model_dir), tokenizer=tokenizer, dtype=asked, quantization=quantizations()[name])
     assert not any(p.requires_grad for p in model.parameters())
-    assert model.get_input_embeddings().weight.dtype == torch.float32
+    assert model.get_input_embeddings().weight.dtype == kept
     kinds = {type(module).__name__ for module in model.modules()}
     assert kinds & {"Linear4bit", "Linear8bitLt"}
+
+
+def test_what_8_bit_layers_do_in_every_pass_is_not_said_in_every_pass(llama_dir, caplog):
+    tokenizer = load_tokenizer(str(llama_dir))
+    model = load_policy(str(llama_dir), tokenizer=tokenizer, quantization=quantizations()["int8"])
+    model(input_ids=batch())
+    assert not [record for record in caplog.records if record.name.startswith("bitsandbytes")]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="tells what is mapped")
@@ -345,6 +353,18 @@ def test_a_quantized_reward_model_scores_after_trl_cast_what_trains(llama_dir):
     head = [p for name, p in model.named_parameters() if "score" in name and p.requires_grad]
     assert len(head) == 1
     assert head[0].grad.abs().sum() > 0
+
+
+def test_a_score_head_that_trains_in_float32_reads_a_body_in_bfloat16(llama_dir):
+    tokenizer = load_tokenizer(str(llama_dir))
+    model = load_classifier(str(llama_dir), tokenizer=tokenizer, dtype="bfloat16", adapter=True)
+    model = get_peft_model(model, peft_for(LoraConfig(target_modules="all-linear"), trainer="reward"))
+    keep_float32(model)
+    scores = model(input_ids=batch()).logits
+    scores.sum().backward()
+    assert scores.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(input_ids=batch()).logits.dtype == torch.bfloat16
 
 
 def test_dora_on_8_bit_weights_is_refused_without_a_gpu(llama_dir):

@@ -10,6 +10,7 @@ import time
 
 import psutil
 import pytest
+import torch
 from test_sweep import board, run, wait_until, words
 
 from runner import compose, hardware, launch, manifest, trials
@@ -232,9 +233,10 @@ def test_a_trial_that_begins_afresh_ends_with_its_sweep(tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
     code = f"""
         import multiprocessing, os, sys, time, types
-        from runner import trials
+        from runner import hardware, trials
 
         def begin(job):
+            hardware.has_driver = lambda: True
             sys.modules["torch"] = types.SimpleNamespace(cuda=types.SimpleNamespace(_is_in_bad_fork=lambda: True))
             trials._prepare_torch(job)
 
@@ -251,6 +253,17 @@ def test_a_trial_that_begins_afresh_ends_with_its_sweep(tmp_path):
         assert "--leader" in trial.cmdline()
         leader.kill()
     wait_until(lambda: not trial.is_running() or trial.status() == psutil.STATUS_ZOMBIE, 10)
+
+
+def test_a_trial_begins_afresh_only_where_a_device_can_have_been_opened(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)  # as a build for GPUs once it was asked for them
+    monkeypatch.setattr(hardware, "has_driver", lambda: False)
+    monkeypatch.setattr(launch, "shared", [])
+    monkeypatch.setattr(os, "execv", lambda *command: pytest.fail(f"begins afresh: {command}"))
+    trials._prepare_torch(trials.Job("", {}, {}, [], {}, torch.get_num_threads()))
+    assert launch.shared == [torch.get_num_threads()]
+    monkeypatch.undo()
+    assert hardware.has_driver() or not torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("status", ["created", "preempted", "running"])
