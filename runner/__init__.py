@@ -8,7 +8,7 @@ import sys
 
 # bitsandbytes asks for a kernel without a backward pass as it is imported, and says of every layer in every pass that
 # 8-bit matrices multiply halves; datasets tells which libraries are there.
-for noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions", "datasets.config"):
+for noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions", "datasets"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
 
 if sys.argv[:1] == ["-m"]:  # a command of ours: what it imports stays, and most commands end soon; see runner.lean

@@ -5,8 +5,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
-# Before any library reads them: no hub, no telemetry, and one thread, which small models like best.
+# Before any library reads them: no hub, no telemetry, one thread, which small models like best, and no GPU, where
+# precision and rounding would be others.
 os.environ |= {
+    "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "OMP_NUM_THREADS": "1",

@@ -113,10 +113,10 @@ def test_the_machine_is_described():
 
 @pytest.mark.parametrize(("visible", "answer"), [("", "CUDA_VISIBLE_DEVICES='' hides them"), (None, "cannot use them")])
 def test_gpus_that_stay_idle_are_told_of(visible, answer, cpu_only, tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "GPUS", tmp_path)
     assert hardware.idle_gpus() is None
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(hardware, "GPUS", tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
