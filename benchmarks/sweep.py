@@ -2,6 +2,8 @@
 
 Same model, rows, steps and one thread. CPU seconds are those of a command with all its processes. What a step costs is
 the difference of sweeps with many and few steps; what a trial costs beyond them, of many and few trials of few steps.
+`trl dpo` in one process is its script run again and again, all imported once: what loading, TRL's constructors and
+saving cost anybody, with nothing kept of a run but its weights.
 The second part lets ASHA prune: it shows both tables, and how many optimizer steps each took. A pruner judges by the
 first values, so these must tell: the rows are learnt in a few steps (a sum is better than no answer). Linux only.
 """
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,13 @@ from runner.embedded import materialise
 
 ADOPT_ORPHANS = 36  # PR_SET_CHILD_SUBREAPER: the server of the trials outlives the sweep by a moment
 HYDRA = "import sys; from runner.__main__ import task; sys.argv[0] = 'runner'; task()"
+BESIDE = ["hydra", "trl-once", "trl"]
+TRL = """
+import json, sys
+from trl.scripts.dpo import main, make_parser
+for words in map(json.loads, sys.argv[1:]):
+    main(*make_parser().parse_args_and_config(words))
+"""
 
 
 def spend(commands: list[list[str]]) -> tuple[float, float]:
@@ -59,35 +69,42 @@ def swept(trials: int) -> str:
     return "trainer.beta=" + ",".join(f"{0.05 * (number + 1):.2f}" for number in range(trials))
 
 
-def compare(model: Path, data: Path, folder: Path, trials: int, steps: int, beside: list[str]) -> None:
-    """Print what ours and those beside it cost."""
-    few, short = max(1, trials // 4), max(1, steps // 4)
+def compare(model: Path, data: Path, folder: Path, trials: int, steps: int, runs: int, beside: list[str]) -> None:
+    """Print what ours and those beside it cost, at the least of several runs."""
+    few, short = max(2, trials // 4), max(1, steps // 4)
+
+    def fresh() -> str:
+        return f"hydra.sweep.dir={tempfile.mkdtemp(dir=folder)}"
 
     def ours(trials: int, steps: int) -> list[list[str]]:
-        where = f"hydra.sweep.dir={folder / f'ours_{trials}_{steps}'}"
-        return [[sys.executable, "-m", "runner", "-m", *keys(model, data, steps), swept(trials), where]]
+        return [[sys.executable, "-m", "runner", "-m", *keys(model, data, steps), swept(trials), fresh()]]
 
     def hydras(trials: int, steps: int) -> list[list[str]]:
         words = [f"++{w}" if "." in w.partition("=")[0] else w for w in (*keys(model, data, steps), swept(trials))]
-        where = f"hydra.sweep.dir={folder / f'hydra_{trials}_{steps}'}"
-        return [[sys.executable, "-c", HYDRA, "-m", "hydra/sweeper=basic", *words, where]]
+        return [[sys.executable, "-c", HYDRA, "-m", "hydra/sweeper=basic", *words, fresh()]]
 
     def loop(trials: int, steps: int) -> list[list[str]]:
         outs = [folder / f"trl_{steps}_{number}" for number in range(trials)]
         commands = [trl_command("dpo", data, out, steps, checkpointing=False) for out in outs]
         return [[*command, "--beta", f"{0.05 * (number + 1):.2f}"] for number, command in enumerate(commands)]
 
+    def one_process(trials: int, steps: int) -> list[list[str]]:
+        return [[sys.executable, "-c", TRL, *(json.dumps(command[2:]) for command in loop(trials, steps))]]
+
     ways: dict[str, Callable[[int, int], list[list[str]]]]
     ways = {"runner -m": ours}
     ways |= {"Hydra, one process": hydras} if "hydra" in beside else {}
+    ways |= {"trl dpo, one process": one_process} if "trl-once" in beside else {}
     ways |= {"trl dpo, a loop": loop} if "trl" in beside else {}
+    shapes = [(trials, steps), (trials, short), (few, short)]
+    costs = [{name: [spend(way(*shape)) for shape in shapes] for name, way in ways.items()} for _ in range(runs)]
     found = {}
-    for name, way in ways.items():
-        wall, cpu = spend(way(trials, steps))
-        shorter = spend(way(trials, short))[1]
+    for name in ways:
+        least = [min((run[name][place] for run in costs), key=itemgetter(1)) for place in range(len(shapes))]
+        (_, cpu), (_, shorter), (_, fewer) = least
         step = (cpu - shorter) / (trials * (steps - short))
-        trial = (shorter - spend(way(few, short))[1]) / (trials - few) - short * step
-        found[name] = (wall, cpu, step, trial)
+        trial = (shorter - fewer) / (trials - few) - short * step
+        found[name] = (*least[0], step, trial)
     print(f"{trials} DPO trials of {steps} steps   wall s   CPU s   of a step   of one more trial   ratio of CPU")
     for name, (wall, cpu, step, trial) in found.items():
         ratio = found["runner -m"][1] / cpu
@@ -122,20 +139,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--runs", type=int, default=1, help="of which the least counts")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--model", type=Path, help="folder of a model; by default the embedded one")
     parser.add_argument("--part", choices=["compare", "prune"], nargs="+", default=["compare", "prune"])
-    parser.add_argument("--beside", choices=["hydra", "trl"], nargs="*", default=["hydra", "trl"])
+    parser.add_argument("--beside", choices=BESIDE, nargs="*", default=BESIDE)
     given = parser.parse_args()
-    if given.trials < 2 or given.steps < 2:
-        parser.error("at least two trials of two steps: figures are differences")
+    if given.trials < 3 or given.steps < 2:
+        parser.error("at least three trials of two steps: figures are differences")
     ctypes.CDLL(None).prctl(ADOPT_ORPHANS, 1, 0, 0, 0)
     with tempfile.TemporaryDirectory() as name:
         folder, model = Path(name), given.model or materialise()
         rows, _ = arithmetic(train_rows=given.rows, eval_rows=10, seed=0)
         data = write_rows(folder / "data", rows, ["prompt", "chosen", "rejected"])
         if "compare" in given.part:
-            compare(model, data, folder, given.trials, given.steps, given.beside)
+            compare(model, data, folder, given.trials, given.steps, given.runs, given.beside)
         if "prune" in given.part:
             refusals = [{**row, "rejected": [{"role": "assistant", "content": "I cannot say."}]} for row in rows]
             data = write_rows(folder / "refusals", refusals, ["prompt", "chosen", "rejected"])
