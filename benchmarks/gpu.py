@@ -153,16 +153,16 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         if has_gpu:
             torch.cuda.synchronize()
         began.append(time.perf_counter())
-        if ours and len(began) == asked.steps - PROFILED:
+        if ours and len(began) == asked.steps - PROFILED + 1:
             profiler.start()
-        if ours and len(began) == asked.steps:
-            profiler.stop()
         return step(self, *inputs, **more)
 
     transformers.Trainer.training_step = timed
     losses = train_ours(asked) if ours else train_trl(asked)
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    counted = began[: asked.steps - PROFILED]
+    if ours:
+        profiler.stop()
+    counted = began[: asked.steps - PROFILED + 1]
     seconds = [after - before for before, after in itertools.pairwise(counted[min(WATCHED, len(counted) - 2) :])]
     top = []
     if ours:

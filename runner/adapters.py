@@ -78,12 +78,13 @@ def keep_float32(model: Any) -> None:
 
 
 def _read_as_own(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Cast what frozen layers of another dtype give to the module's own, where autocast does not."""
+    """Cast what frozen layers of another dtype give to a head, to its own, where autocast does not."""
     import torch
 
-    first, own = inputs[0], next(module.parameters()).dtype
-    casts = first.is_floating_point() and not torch.is_autocast_enabled(first.device.type)
-    return (first.to(own), *inputs[1:]) if casts else inputs
+    weight = getattr(module, "weight", None)
+    if weight is None or torch.is_autocast_enabled(weight.device.type):
+        return inputs
+    return tuple(one.to(weight.dtype) if one.is_floating_point() else one for one in inputs)
 
 
 def _linear_layers(model: Any) -> list[str]:

@@ -68,14 +68,9 @@ class Spelt:
 
 
 def encode(
-    dataset: "Dataset",
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    reads: str,
-    trainer: str = "",
-    tools: bool = True,
+    dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", *, reads: str, trainer: str = "", tools: bool = True,
     name: str = "train",
-) -> "Dataset":
+) -> "Dataset":  # fmt: skip
     """Return the token ids and the counts of every row, from the disk if they were made before.
 
     The file is named after what its content follows from: the rows, the tokenizer with its chat template, what is

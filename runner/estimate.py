@@ -136,6 +136,7 @@ class Model:
         vocabulary: entries.
         hidden: size of a token between the layers.
         head: of the output layer where it trains; its gradient is there from the start of the backward pass.
+        tied: of it where it is the embedding, too, whose gradient comes last and is added to it.
         context: tokens that the model can read; 0 where it does not say.
         unit: bytes of the largest piece that is gathered at a time where weights are split: a layer, or the embedding.
         unpacked: bytes that are lost between what is kept where quantized weights are made whole, one after the other.
@@ -154,6 +155,7 @@ class Model:
     hidden: int
     head: int
     context: int
+    tied: int = 0
     unit: float = 0
     unpacked: float = 0
     per_token: int = 0
@@ -319,8 +321,7 @@ def estimate_memory(model: Model, work: Work) -> dict[str, int]:
     always = parts["process"] + parts["weights"] + parts["optimizer"] + parts["other models"]
     held = gradients if work.accumulates else 4 * model.head * own.gradients
     forward = parts["activations"] + parts["logits"] + parts["unpacked weights"] + held
-    tied = 4 * model.head * own.gradients  # of the embedding, before it is added to that of the output layer
-    trains = always + max(forward, parts["gradients"] + tied, parts["sampling"])
+    trains = always + max(forward, parts["gradients"] + 4 * model.tied * own.gradients, parts["sampling"])
     peak = max(trains, parts["process"] + parts["weights"] + model.loading)
     return {name: round(size) for name, size in {**parts, "peak": peak}.items()}
 

@@ -59,7 +59,8 @@ def count_models(
     """
     adapter = adapters.peft_for(build(config["peft"]), trainer=trainer) if config["peft"] else None
     device = hardware.device_type(use_cpu=arguments.use_cpu)
-    frozen = bool(config["peft"]) or bool(config["quantization"])
+    cast = trainer in ("orpo", "cpo") and (config["quantization"] or {}).get("load_in_8bit")  # by TRL, to float32
+    frozen = bool(config["peft"] and arguments.bf16 and not cast)
     dtype = hardware.weights_dtype(config["model"].get("dtype", "auto"), frozen=frozen, device=device)
     work = estimate.work_of(trainer, arguments, audit=audit, samples=config["samples"], held_out=0, copies=0)
     alike = work.alike if trainer in prefix_sharing.TRAINERS and config.get("share_prefixes", True) else None

@@ -82,7 +82,7 @@ def weights_dtype(dtype: str, *, frozen: bool, device: str) -> str:
 
     Args:
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        frozen: Whether only an adapter on top of them trains.
+        frozen: Whether only an adapter on top of them trains, in mixed precision.
         device: What trains: ``cpu``, ``cuda``, ...
     """
     if dtype != "auto":

@@ -160,7 +160,7 @@ def load(
         trust_remote_code: Whether the repository's own code may run.
         allow_pickle: Whether weights may be read that are not safetensors.
         quantization: How to quantize the frozen weights; the model comes back prepared for an adapter.
-        adapter: Whether only an adapter will train, so that the weights stay frozen.
+        adapter: Whether only an adapter will train, in mixed precision, so that the weights may be in bfloat16.
         labels: ``num_labels`` of a classifier.
 
     Raises:
@@ -182,7 +182,7 @@ def load(
         model, info = kind.from_pretrained(
             path,
             revision=revision or "main",
-            dtype=hardware.weights_dtype(dtype, frozen=adapter or quantization is not None, device=device.type),
+            dtype=hardware.weights_dtype(dtype, frozen=adapter, device=device.type),
             output_loading_info=True,
             **options,
         )

@@ -129,11 +129,14 @@ def measure(model: Any, *, sequences: int, length: int, quantization: dict[str, 
     packed = [module.weight for module in _linear(base)] if quantization else []
     quantized = set(map(id, packed))
     bits = NF4_BITS if (quantization or {}).get("load_in_4bit") else INT8_BITS
-    weights = sum(p.numel() * (bits / 8 if id(p) in quantized else p.dtype.itemsize) for p in model.parameters())
+    adapted = base is not model  # what trains is float32 then
+    sizes = ((p, 4 if adapted and p.requires_grad else p.dtype.itemsize) for p in model.parameters())
+    weights = sum(p.numel() * (bits / 8 if id(p) in quantized else size) for p, size in sizes)
     heads = config.num_attention_heads
     width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * (
         getattr(config, "num_key_value_heads", None) or heads
     )
+    head = output.weight.numel() if output is not None and output.weight.requires_grad else 0
     kept = _kept(model, base, sequences, length, arguments)
     layers = config.num_hidden_layers
     half = 2 if arguments.bf16 or arguments.fp16 else 4
@@ -148,7 +151,8 @@ def measure(model: Any, *, sequences: int, length: int, quantization: dict[str, 
         cache=2 * width * layers * min(size, half),
         vocabulary=config.vocab_size,
         hidden=config.hidden_size,
-        head=output.weight.numel() if output is not None and output.weight.requires_grad else 0,
+        head=head,
+        tied=head if head and output.weight is base.get_input_embeddings().weight else 0,
         context=getattr(config, "max_position_embeddings", None) or 0,
         unit=max(weights / layers, base.get_input_embeddings().weight.nbytes),
         unpacked=(HOLES - 1) * 4 * sum(p.numel() for p in packed) if arguments.use_cpu else 0,

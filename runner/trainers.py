@@ -149,7 +149,7 @@ def load_model(name: str, tokenizer: Any, config: dict[str, Any], arguments: Any
     model = load(
         tokenizer=tokenizer,
         quantization=quantization,
-        adapter=adapter is not None,
+        adapter=adapter is not None and bool(arguments.bf16),
         **given(models.load, config["model"]),
     )
     if adapter:
@@ -200,6 +200,10 @@ def build_trainer(
     lm_head.compact_pairs(trainer)
     if (adapter or arguments.fp16) and getattr(arguments.deepspeed_plugin, "zero_stage", 0) != 3:  # it wants one dtype
         adapters.keep_float32(trainer.model)
+    if hasattr(arguments, "steps_per_generation") and (arguments.bf16 or arguments.fp16):
+        # TRL samples without autocast, in another precision than it scores in, and some adapters cannot do without
+        half = torch.bfloat16 if arguments.bf16 else torch.float16
+        trainer.model.generate = torch.autocast(trainer.model.device.type, half)(trainer.model.generate)
     trainer.prefix_sharing = sharing
     trainer.remove_callback(PrinterCallback)  # Progress says it in one line
     return trainer

@@ -42,6 +42,13 @@ def test_accumulated_gradients_are_held_beside_activations():
     assert peak == PROCESS + 4000 + 8000 + 4000 + 12_800 + 4000
 
 
+def test_the_gradient_of_a_tied_embedding_is_added_to_that_of_the_output_layer():
+    # beside 4,000 of gradients 800 that are yet to be added; a reward model has no logits
+    work = replace(WORK, trainer="reward", length=1)
+    assert estimate_memory(replace(MODEL, tied=200), work)["peak"] == PROCESS + 4000 + 8000 + 4000 + 800
+    assert estimate_memory(MODEL, work)["peak"] == PROCESS + 4000 + 8000 + 4000
+
+
 def test_what_is_lost_to_weights_made_whole_is_held_beside_activations():
     # 4,000 of weights, 8,000 of Adam, 4,000 of activations, 12,800 of logits, 800 of the head's gradient, 500 lost
     peak = estimate_memory(replace(MODEL, unpacked=500), WORK)["peak"]

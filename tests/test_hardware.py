@@ -1,3 +1,6 @@
+import ctypes
+from pathlib import Path
+
 import psutil
 import pytest
 import torch
@@ -122,6 +125,17 @@ def test_gpus_that_stay_idle_are_told_of(visible, answer, cpu_only, tmp_path, mo
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert "2 GPUs" in hardware.idle_gpus()
     assert answer in hardware.idle_gpus()
+
+
+def test_a_driver_is_there_where_its_library_is(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", {"libcuda.so.1": "a library"}.__getitem__)
+    assert hardware.has_driver()
+
+    def absent(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", absent)
+    assert hardware.has_driver() is Path("/dev/kfd").exists()
 
 
 def test_gpus_that_train_are_not_idle(cuda, tmp_path, monkeypatch):

@@ -367,6 +367,15 @@ def test_a_score_head_that_trains_in_float32_reads_a_body_in_bfloat16(llama_dir)
         assert model(input_ids=batch()).logits.dtype == torch.bfloat16
 
 
+def test_what_trains_whole_may_be_called_by_keyword(llama_dir):
+    model = load_policy(str(llama_dir), tokenizer=load_tokenizer(str(llama_dir)), dtype="bfloat16", adapter=True)
+    config = LoraConfig(target_modules=["up_proj"], modules_to_save=["self_attn"])
+    keep_float32(model := get_peft_model(model, config))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=batch()).logits.sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "modules_to_save" in name)
+
+
 def test_dora_on_8_bit_weights_is_refused_without_a_gpu(llama_dir):
     tokenizer = load_tokenizer(str(llama_dir))
     model = load_policy(str(llama_dir), tokenizer=tokenizer, quantization=BitsAndBytesConfig(load_in_8bit=True))

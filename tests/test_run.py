@@ -218,6 +218,16 @@ def test_quantized_weights_train_under_an_adapter(option, llama_dir, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("peft", [["peft=randlora"], ["peft=lora", "peft.modules_to_save=[embed_tokens]"]])
+def test_answers_are_sampled_as_they_are_scored_where_adapters_in_float32_meet_weights_in_bfloat16(
+    peft, llama_dir, tmp_path
+):
+    mixed = ["quantization=nf4", "model.dtype=bfloat16", "trainer.bf16=true"]
+    run_dir, _ = start(tmp_path, "trainer=grpo", f"model.name_or_path={llama_dir}", *extras("grpo"), *peft, *mixed)
+    assert all(math.isfinite(loss) for loss in losses(run_dir))
+
+
+@pytest.mark.slow
 def test_rewards_are_summed_and_a_model_may_be_one_of_them(llama_dir, neox_dir, tmp_path):
     judge, _ = start(tmp_path, "trainer=reward", "peft=none", f"model.name_or_path={neox_dir}", name="judge")
     run_dir, _ = start(

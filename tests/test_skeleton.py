@@ -34,6 +34,23 @@ def test_a_model_is_counted_once_for_all_who_ask_the_same(llama_dir, tmp_path, m
     assert counted(4).trainable == 2 * first.trainable
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_that_is_the_output_layer_too_and_what_trains_whole_are_counted(tied, llama_dir, tmp_path):
+    config = json.loads((llama_dir / "config.json").read_text()) | {"tie_word_embeddings": tied}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def counted(**options):
+        model = skeleton.build({"name_or_path": str(tmp_path)}, tokenizer=tiny_tokenizer(), **options)
+        return skeleton.measure(model, sequences=3, length=7, quantization=None, arguments=PRECISION)
+
+    whole, embedding = counted(), config["vocab_size"] * config["hidden_size"]
+    assert (whole.head, whole.tied) == (embedding, embedding * tied)
+    frozen = counted(dtype="bfloat16").weights
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+    kept = counted(dtype="bfloat16", adapter=config)
+    assert kept.weights == frozen + 4 * kept.trainable  # the copy that trains is float32
+
+
 @pytest.mark.parametrize("kind", ["llama", "neox"])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_layers_that_are_alike_hold_what_they_hold_together(kind, adapted, request, tmp_path, monkeypatch):

@@ -262,8 +262,6 @@ def test_a_trial_begins_afresh_only_where_a_device_can_have_been_opened(monkeypa
     monkeypatch.setattr(os, "execv", lambda *command: pytest.fail(f"begins afresh: {command}"))
     trials._prepare_torch(trials.Job("", {}, {}, [], {}, torch.get_num_threads()))
     assert launch.shared == [torch.get_num_threads()]
-    monkeypatch.undo()
-    assert hardware.has_driver() or not torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("status", ["created", "preempted", "running"])
