@@ -289,9 +289,8 @@ def _prepare_torch(job: Job) -> None:
     """See that a device can be used here, and how many threads compute."""
     import torch
 
-    if (
-        torch.cuda._is_in_bad_fork() and hardware.has_driver()
-    ):  # a library opened the device in the server: begin afresh
+    if torch.cuda._is_in_bad_fork() and hardware.has_driver():
+        # a library has opened the device in the server: begin afresh
         os.dup2(multiprocessing.parent_process().sentinel, 0)  # type: ignore[union-attr]  # of the sweep, to end with it
         os.execv(sys.executable, [sys.executable, "-m", "runner.trials", json.dumps(asdict(job)), "--leader"])
     torch.set_num_threads(job.threads)
