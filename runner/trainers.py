@@ -200,10 +200,9 @@ def build_trainer(
     lm_head.compact_pairs(trainer)
     if (adapter or arguments.fp16) and getattr(arguments.deepspeed_plugin, "zero_stage", 0) != 3:  # it wants one dtype
         adapters.keep_float32(trainer.model)
-    if hasattr(arguments, "steps_per_generation") and (arguments.bf16 or arguments.fp16):
+    if hasattr(arguments, "steps_per_generation"):
         # TRL samples without autocast, in another precision than it scores in, and some adapters cannot do without
-        half = torch.bfloat16 if arguments.bf16 else torch.float16
-        trainer.model.generate = torch.autocast(trainer.model.device.type, half)(trainer.model.generate)
+        trainer.model.generate = trainer.accelerator.autocast()(trainer.model.generate)
     trainer.prefix_sharing = sharing
     trainer.remove_callback(PrinterCallback)  # Progress says it in one line
     return trainer
